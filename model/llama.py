@@ -1,0 +1,232 @@
+"""The network: LLaMA in pure JAX, written to run inside one `jax.shard_map` over ('dp', 'fsdp', 'mp').
+
+    h = embedding[tokens]
+    h = h + W_o attention(rope(W_q n), rope(W_k n), W_v n),   n = rmsnorm(h)            N times
+    h = h + W_down (silu(W_gate n) * W_up n),                 n = rmsnorm(h)
+    logits = W_head rmsnorm(h)                                                          (model/loss.py)
+
+Sources: LLaMA (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467).
+Letters: model/config.py; inside shard_map a suffix means the local shape.  Read next: model/loss.py, training/step.py.
+
+Between blocks, activations are split over mp along the sequence ('B T/mp M') when T allows it, as in 2205.05198: a block
+gathers them, computes its share of heads or columns, and its partial sums are reduce-scattered.  Decoding (one token) keeps
+them whole and sums with psum.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+
+from model import cache as kv_cache
+from model.attention import attend
+from model.config import Compute, LlamaConfig
+from model.partition import WeightSpec, all_gather, pytree, reduce_scatter, specs_of, weight
+
+Array = jax.Array
+DTYPES = {'fp32': jnp.float32, 'float32': jnp.float32, 'bf16': jnp.bfloat16, 'bfloat16': jnp.bfloat16}
+REMAT_POLICIES = {  # what the backward pass finds saved of each layer, by EasyLM's names; '' keeps everything it needs
+    'nothing_saveable': jax.checkpoint_policies.nothing_saveable,
+    'checkpoint_dots': jax.checkpoint_policies.checkpoint_dots,
+    'checkpoint_dots_with_no_batch_dims': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    'everything_saveable': jax.checkpoint_policies.everything_saveable,
+}
+
+
+@pytree
+class Layer:
+    attention_norm: Array = weight('N M', init='ones')
+    w_q: Array = weight('N M/fsdp HD/mp')
+    w_k: Array = weight('N M/fsdp KD/mp')
+    w_v: Array = weight('N M/fsdp KD/mp')
+    w_o: Array = weight('N HD/mp M/fsdp')
+    ffn_norm: Array = weight('N M', init='ones')
+    w_gate: Array = weight('N M/fsdp F/mp')
+    w_up: Array = weight('N M/fsdp F/mp')
+    w_down: Array = weight('N F/mp M/fsdp')
+
+
+@pytree
+class Llama:
+    embedding: Array = weight('V/mp M/fsdp')
+    layers: Layer
+    final_norm: Array = weight('M', init='ones')
+    head: Array | None = weight('V/mp M/fsdp')  # None when the embedding serves as head too
+
+
+def weight_specs(config: LlamaConfig) -> Llama:
+    """The Llama tree of WeightSpecs; head is None for tied embeddings."""
+    specs = specs_of(Llama, config.letters)
+    return Llama(**specs | dict(head=None) if config.tie_word_embeddings else specs)
+
+
+def partitions(config: LlamaConfig) -> Llama:
+    """The Llama tree of PartitionSpecs."""
+    return jax.tree.map(lambda spec: spec.partition, weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec))
+
+
+def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
+    """The Llama tree of float32 ShapeDtypeStructs with their shardings on `mesh`; checks that the mesh divides the model."""
+    check_divisible(config, mesh)
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=NamedSharding(mesh, spec.partition)),
+        weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec))
+
+
+def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
+    """Raises ValueError naming the size and mesh axis when a weight cannot be split evenly, or a head would be cut."""
+    mp, heads, kv_heads = mesh.shape['mp'], config.num_attention_heads, config.num_key_value_heads
+    if heads % mp or (kv_heads % mp and mp % kv_heads):
+        raise ValueError(f'num_attention_heads={heads} and num_key_value_heads={kv_heads} cannot be split over {mp=}: '
+                         'choose a --mesh_dim whose mp divides the query heads, and divides or is a multiple of the others')
+    for spec in jax.tree.leaves(weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec)):
+        for letter, size, axis in zip(spec.letters, spec.shape, spec.partition, strict=True):
+            if axis and size % mesh.shape[axis]:
+                raise ValueError(f'{spec.name}: {letter}={size} is not divisible by {axis}={mesh.shape[axis]}; '
+                                 'choose another --mesh_dim')
+
+
+def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
+    """Random float32 weights, made where they live: normal with standard deviation `initializer_range` (as EasyLM), norms 1.
+
+    The values depend on the seed alone, not on the mesh.
+    """
+    def init(spec, key):
+        if spec.init == 'ones':
+            return jnp.ones(spec.shape, jnp.float32)
+        return config.initializer_range * jax.random.normal(key, spec.shape, jnp.float32)
+
+    def init_all(key):
+        specs, tree = jax.tree.flatten(weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec))
+        return jax.tree.unflatten(tree, [init(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(specs)])
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
+    return jax.jit(init_all, out_shardings=shardings)(jax.random.key(seed))
+
+
+# ---------------------------------------------------------------- forward
+
+
+def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: LlamaConfig, compute: Compute, *,
+                  positions_BT: Array | None = None, cache: kv_cache.Cache | None = None):
+    """Runs the network up to the final norm: (h_BTM in the compute dtype, whole on every mp device; updated cache or None).
+
+    tokens, segments (0 = padding) and positions are int32 [B, T]; positions default to 0..T-1.  With a cache, the T tokens
+    of row b are written to slots positions_BT[b, 0].. and attend to what the row already holds (segments are not used).
+    Runs inside shard_map, on the local batch and the local shards of `params`.
+    """
+    B, T = tokens_BT.shape
+    dtype = DTYPES[compute.dtype]
+    split_sequence = cache is None and T % lax.axis_size('mp') == 0
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    rope = rope_table(positions_BT, config)
+
+    def step(carry, layer_and_index):
+        h, cache = carry
+        w, index = layer_and_index
+        with jax.named_scope('attention'):
+            attention_out, cache = attention_block(
+                gather_sequence(rms_norm(h, w.attention_norm, config), split_sequence), w, rope, positions_BT, segments_BT,
+                config, compute, cache, index)
+            h = h + sum_partial(attention_out, split_sequence)
+        with jax.named_scope('ffn'):
+            n_BTM = gather_sequence(rms_norm(h, w.ffn_norm, config), split_sequence)
+            h = h + sum_partial(ffn_block(n_BTM, w, dtype), split_sequence)
+        return (h, cache), None
+
+    if compute.remat:
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
+    h = embed(params.embedding, tokens_BT, dtype, split_sequence)
+    indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+    (h, cache), _ = lax.scan(step, (h, cache), (params.layers, indices))
+    return gather_sequence(rms_norm(h, params.final_norm, config), split_sequence), cache
+
+
+def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Array:
+    """h_BTM (or its T/mp part).  Each mp device looks up the tokens of its own slice of the vocabulary, zero elsewhere."""
+    embedding_VM = all_gather(embedding.astype(dtype), 'V/mp M/fsdp -> V/mp M')
+    V = embedding_VM.shape[0]
+    local_BT = tokens_BT - V * lax.axis_index('mp')
+    mine_BT = (local_BT >= 0) & (local_BT < V)
+    rows_BTM = jnp.where(mine_BT[..., None], embedding_VM[jnp.where(mine_BT, local_BT, 0)], 0)
+    return sum_partial(rows_BTM, split_sequence)  # exactly one device holds a token's row, so the sum is that row
+
+
+def attention_block(n_BTM, w: Layer, rope, positions_BT, segments_BT, config, compute, cache, index):
+    """Attention over the local heads: partial sums of W_o's product (to be summed over mp), and the cache."""
+    B, T, _ = n_BTM.shape
+    dtype, D = n_BTM.dtype, config.head_dim
+    w_q = all_gather(w.w_q.astype(dtype), 'M/fsdp HD/mp -> M HD/mp')
+    w_k, w_v = (kv_heads_of_this_device(all_gather(x.astype(dtype), 'M/fsdp KD/mp -> M KD/mp'), config)
+                for x in (w.w_k, w.w_v))
+    q_BTHD = rotate((n_BTM @ w_q).reshape(B, T, -1, D), rope)
+    k_BTKD = rotate((n_BTM @ w_k).reshape(B, T, -1, D), rope)
+    v_BTKD = (n_BTM @ w_v).reshape(B, T, -1, D)
+    if cache is None:
+        k_BSKD, v_BSKD = k_BTKD, v_BTKD
+    else:
+        cache = kv_cache.write(cache, index, positions_BT, k_BTKD, v_BTKD)
+        k_BSKD, v_BSKD = kv_cache.read(cache, index)
+    o_BTHD = attend(compute.attention, q_BTHD, k_BSKD, v_BSKD, positions_BT=positions_BT, segments_BT=segments_BT,
+                    cached=cache is not None)
+    w_o = all_gather(w.w_o.astype(dtype), 'HD/mp M/fsdp -> HD/mp M')
+    return o_BTHD.reshape(B, T, -1) @ w_o, cache
+
+
+def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:
+    """The columns of the key/value heads that this device's query heads read.
+
+    With K >= mp they are its own shard.  With K < mp several devices share one head, of which each stores a piece: the pieces
+    are gathered, and the shared head taken; the transpose sums the devices' gradients and gives each its piece back.
+    """
+    mp, K, D = lax.axis_size('mp'), config.num_key_value_heads, config.head_dim
+    if K >= mp:
+        return w_M_KD
+    whole = all_gather(w_M_KD, 'M KD/mp -> M KD')
+    return lax.dynamic_slice_in_dim(whole, lax.axis_index('mp') * K // mp * D, D, axis=1)
+
+
+def ffn_block(n_BTM, w: Layer, dtype) -> Array:
+    """SwiGLU over the local columns: partial sums of W_down's product, to be summed over mp."""
+    w_gate = all_gather(w.w_gate.astype(dtype), 'M/fsdp F/mp -> M F/mp')
+    w_up = all_gather(w.w_up.astype(dtype), 'M/fsdp F/mp -> M F/mp')
+    w_down = all_gather(w.w_down.astype(dtype), 'F/mp M/fsdp -> F/mp M')
+    return (jax.nn.silu(n_BTM @ w_gate) * (n_BTM @ w_up)) @ w_down
+
+
+def gather_sequence(x: Array, split_sequence: bool) -> Array:
+    return all_gather(x, 'B T/mp M -> B T M') if split_sequence else x
+
+
+def sum_partial(x_BTM: Array, split_sequence: bool) -> Array:
+    return reduce_scatter(x_BTM, 'B T M -> B T/mp M') if split_sequence else lax.psum(x_BTM, 'mp')
+
+
+def rms_norm(x: Array, weight_M: Array, config: LlamaConfig) -> Array:
+    """x / sqrt(mean(x²) + eps) * weight: the mean in float32, the result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return x32.astype(x.dtype) * weight_M.astype(x.dtype)
+
+
+@functools.partial(jax.named_call, name='rope_table')
+def rope_table(positions_BT: Array, config: LlamaConfig) -> tuple[Array, Array]:
+    """cos and sin of position * frequency, float32 [B, T, 1, D/2]; frequency_i = theta^(-2i/D), scaled as Llama 3 does it."""
+    D, scaling = config.head_dim, config.rope_scaling
+    frequency = config.rope_theta ** (-jnp.arange(0, D, 2, dtype=jnp.float32) / D)
+    if scaling:
+        wavelengths_in_context = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
+        keep = jnp.clip((wavelengths_in_context - scaling.low_freq_factor) /
+                        (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHD: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotary embedding in half-split order: coordinate i turns with i + D/2.  Float32 inside, x's dtype out."""
+    cos, sin = rope
+    x1, x2 = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHD.dtype)

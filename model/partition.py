@@ -1,0 +1,136 @@
+"""Where every array lives: the mesh, the one line per weight, and the collectives as before -> after strings.
+
+A weight's line, `w_q: Array = weight('N M/fsdp HD/mp')`, is the only place that states its shape (letters of
+model/config.py), its sharding (mesh axis behind the slash) and its initialiser; init, PartitionSpec, checkpoint names and
+the optimizer's layout derive from it.  Mesh axes: dp splits the batch; fsdp splits the batch and the storage of weights;
+mp splits heads, ffn columns, the vocabulary, and the sequence between blocks.
+
+Collectives name their axis in the same notation: `all_gather(w, 'M/fsdp HD/mp -> M HD/mp')`.  Idea: MatX's seqax.
+"""
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, PartitionSpec
+
+AXES = ('dp', 'fsdp', 'mp')
+BATCH = PartitionSpec(('dp', 'fsdp'))  # of every array whose first dimension is the batch
+
+
+class WeightSpec(NamedTuple):
+    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), and the letters of its shape.
+
+    stacked: the leading axis counts layers, so statistics of "the matrix" are per slice of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    partition: PartitionSpec
+    init: str
+    letters: tuple[str, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return self.letters[0] == 'N'
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that split this weight; over the others it is replicated."""
+        return tuple(axis for axis in self.partition if axis)
+
+
+def pytree(cls):
+    """A frozen dataclass that JAX treats as a tree of its fields."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(cls, [field.name for field in dataclasses.fields(cls)], [])
+
+
+def weight(line: str, init: str = 'normal'):
+    """A weight's one line: 'letters/axis' per dimension, and its initialiser."""
+    return dataclasses.field(metadata=dict(line=line, init=init))
+
+
+def specs_of(cls, letters: dict[str, int], prefix: str = '') -> dict:
+    """{field: WeightSpec, or the same for a nested class} of a class whose fields are `weight` lines."""
+    specs = {}
+    for field in dataclasses.fields(cls):
+        if 'line' not in field.metadata:
+            specs[field.name] = field.type(**specs_of(field.type, letters, f'{prefix}{field.name}.'))
+            continue
+        names, axes = zip(*((dim + '/').split('/')[:2] for dim in field.metadata['line'].split()), strict=True)
+        specs[field.name] = WeightSpec(prefix + field.name, tuple(letters[name] for name in names),
+                                       PartitionSpec(*(axis or None for axis in axes)), field.metadata['init'], names)
+    return specs
+
+
+# ---------------------------------------------------------------- collectives, inside shard_map
+
+
+def _changed_dimension(before: str, after: str) -> tuple[int, str]:
+    """('B T/mp M', 'B T M') -> (1, 'mp'): the one dimension that loses its axis, and the axis."""
+    changed = [(i, b) for i, (b, a) in enumerate(zip(before.split(), after.split(), strict=True)) if b != a]
+    (dimension, sharded), = changed
+    return dimension, sharded.split('/')[1]
+
+
+def all_gather(x: jax.Array, rewrite: str) -> jax.Array:
+    """'B T/mp M -> B T M': every device receives the whole T.  Its transpose is the reduce-scatter below."""
+    dimension, axis = _changed_dimension(*rewrite.split(' -> '))
+    return lax.all_gather(x, axis, axis=dimension, tiled=True)
+
+
+def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
+    """'B T M -> B T/mp M': sum over the axis, each device keeping its part of T.  Its transpose is the all-gather above."""
+    before, after = rewrite.split(' -> ')
+    dimension, axis = _changed_dimension(after, before)
+    return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+
+
+# ---------------------------------------------------------------- the mesh
+
+
+def make_mesh(mesh_dim: str, devices: list | None = None) -> Mesh:
+    """A mesh over ('dp', 'fsdp', 'mp') from EasyLM's grammar.
+
+    '1,4,2' positional; 'dp:1,mp:2,fsdp:4' named, all three in any order, the order being the mesh's own; one -1 takes what is
+    left; a leading '!' keeps the devices in plain order instead of the order that suits the chip's links.
+    Raises ValueError that names the device count and the factorizations that fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    text = mesh_dim.removeprefix('!')
+    names, sizes = _read_mesh_dim(mesh_dim, text)
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and known and len(devices) % known == 0:
+        sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        raise ValueError(f'{mesh_dim=} does not multiply to the {len(devices)} devices of this run; '
+                         f'valid for dp,fsdp,mp: {" ".join(_factorizations(len(devices)))}')
+    if mesh_dim.startswith('!'):
+        grid = np.array(devices).reshape(sizes)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, names)
+
+
+def _read_mesh_dim(mesh_dim: str, text: str) -> tuple[tuple[str, ...], list[int]]:
+    remedy = "write three sizes 'dp,fsdp,mp' such as '1,4,2', or 'dp:1,fsdp:4,mp:2'; one of them may be -1"
+    parts = text.split(',')
+    names = [part.partition(':')[0].strip() for part in parts] if ':' in text else list(AXES)
+    if sorted(names) != sorted(AXES) or len(parts) != 3:
+        raise ValueError(f'{mesh_dim=} does not name the three mesh axes once each: {remedy}')
+    try:
+        sizes = [int(part.rpartition(':')[2]) for part in parts]
+    except ValueError:
+        raise ValueError(f'{mesh_dim=} holds something that is no whole number: {remedy}') from None
+    if sizes.count(-1) > 1:
+        raise ValueError(f'{mesh_dim=} holds more than one -1: {remedy}')
+    return tuple(names), sizes
+
+
+def _factorizations(count: int) -> list[str]:
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    return [f'{dp},{fsdp},{count // dp // fsdp}' for dp in divisors for fsdp in divisors if count % (dp * fsdp) == 0]

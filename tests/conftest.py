@@ -1,0 +1,21 @@
+"""Eight virtual CPU devices for every test, set before JAX is imported; and where the tests find their evidence."""
+import os
+import pathlib
+import sys
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+
+@pytest.fixture(scope='session')
+def golden() -> pathlib.Path:
+    """tests/golden: numbers that other systems produced (tests/golden/README.md)."""
+    return GOLDEN

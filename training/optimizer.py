@@ -1,0 +1,134 @@
+"""AdamW as the article ran it: one straight function on trees, float32 arithmetic on bfloat16 momentum.
+
+Two optimizers share the flags, as in EasyLM (optimizers.py) over optax 0.1.7; n = 0, 1, ... counts optimizer steps, t = n + 1:
+
+  both        g = g * min(1, clip / |g|)        |g| over all weights          lr = schedule(n)
+
+  AdamW (Loshchilov & Hutter, 1711.05101)       multiply_by_parameter_scale = False
+              m = b1 m + (1 - b1) g             m̂ = m / (1 - b1^t)
+              v = b2 v + (1 - b2) g²            v̂ = v / (1 - b2^t)
+              p = p - lr (m̂ / (sqrt(v̂) + 1e-8) + weight_decay p)
+
+  Adafactor without factoring (Shazeer & Stern, 1804.04235)      multiply_by_parameter_scale = True
+              v = β v + (1 - β) (g² + 1e-30)    β = 1 - t^(-b2): b2 is an exponent here, and no bias is left to correct
+              u = lr g / sqrt(v) * max(RMS(p), 1e-3)            RMS of one layer's matrix, before the update
+              m = b1 m + (1 - b1) u             the average is over updates that already hold the learning rate
+              p = p - m - lr weight_decay p
+
+With bf16_momentum, m is stored rounded to bfloat16 but used unrounded; b1 is rounded to bfloat16 (0.9 -> 0.8984375) while its
+product with m is not (that is what XLA makes of optax's expression).  All weights decay, norms and embeddings too.
+
+Inside shard_map a leaf is a local shard: |g| and RMS(p) sum over the mesh axes that split the leaf, and count a replicated
+leaf once.  Next: training/step.py.
+"""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from model.partition import WeightSpec, pytree
+
+f32 = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Hyperparameters, named and defaulted as EasyLM's `optimizer.adamw_optimizer.*` flags."""
+
+    init_lr: float = 0.0
+    lr: float = 0.01
+    end_lr: float = 0.001
+    lr_warmup_steps: int = 2000
+    lr_decay_steps: int = 500000
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_gradient: float = 1.0
+    weight_decay: float = 1e-4
+    bf16_momentum: bool = False
+    multiply_by_parameter_scale: bool = False
+
+    def __post_init__(self):
+        if not self.lr > 0:
+            raise ValueError(f'optimizer.adamw_optimizer.lr={self.lr} must be above 0')
+        if not 0 <= self.b1 < 1 or not 0 < self.b2 < 1:
+            raise ValueError(f'optimizer.adamw_optimizer.b1={self.b1} must lie in [0, 1) and b2={self.b2} in (0, 1)')
+        if self.lr_decay_steps <= self.lr_warmup_steps or self.lr_warmup_steps < 0:
+            raise ValueError(f'optimizer.adamw_optimizer.lr_decay_steps={self.lr_decay_steps} must exceed '
+                             f'lr_warmup_steps={self.lr_warmup_steps}: the decay counts from step 0 and includes the warmup')
+        if not self.clip_gradient > 0:
+            raise ValueError(f'optimizer.adamw_optimizer.clip_gradient={self.clip_gradient} must be above 0')
+
+
+@pytree
+class OptimizerState:
+    """count: optimizer steps done, int32; momentum (float32 or bfloat16) and second_moment (float32), trees like the weights."""
+
+    count: jax.Array
+    momentum: object
+    second_moment: object
+
+
+def init(params, hyper: AdamW) -> OptimizerState:
+    momentum_dtype = jnp.bfloat16 if hyper.bf16_momentum else f32
+    return OptimizerState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, momentum_dtype), params),
+                          jax.tree.map(jnp.zeros_like, params))
+
+
+def schedule(hyper: AdamW, n: jax.Array) -> jax.Array:
+    """Learning rate of optimizer step n: linear from init_lr to lr over the warmup, then a cosine to end_lr at lr_decay_steps."""
+    n, warmup = f32(n), hyper.lr_warmup_steps
+    rising = (hyper.init_lr - hyper.lr) * (1 - n / max(warmup, 1)) + hyper.lr
+    progress = jnp.minimum(n - warmup, hyper.lr_decay_steps - warmup) / (hyper.lr_decay_steps - warmup)
+    end = hyper.end_lr / hyper.lr
+    falling = hyper.lr * ((1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)) + end)
+    return jnp.where(n < warmup, rising, falling)
+
+
+def update(params, grads, state: OptimizerState, hyper: AdamW, specs):
+    """One optimizer step: (new params, new state).  All trees have the leaves of `specs`, float32 but for bf16 momentum."""
+    t, lr = f32(state.count + 1), schedule(hyper, state.count)
+    norm = global_norm(grads, specs)
+    b1 = f32(jnp.bfloat16(hyper.b1)) if hyper.bf16_momentum else hyper.b1
+
+    def leaf(p, g, m, v, spec: WeightSpec):
+        g = jnp.where(norm < hyper.clip_gradient, g, g / norm * hyper.clip_gradient)
+        if hyper.multiply_by_parameter_scale:
+            beta = 1 - t ** -hyper.b2
+            v = beta * v + (1 - beta) * (g * g + 1e-30)
+            u = lr * (g * lax.rsqrt(v)) * jnp.maximum(root_mean_square(p, spec), 1e-3)
+            m = b1 * f32(m) + (1 - hyper.b1) * u
+            step = m + lr * hyper.weight_decay * p
+        else:
+            m = b1 * f32(m) + (1 - hyper.b1) * g
+            v = hyper.b2 * v + (1 - hyper.b2) * g * g
+            u = m / (1 - hyper.b1 ** t) / (jnp.sqrt(v / (1 - hyper.b2 ** t)) + 1e-8)
+            step = lr * (u + hyper.weight_decay * p)
+        return p - step, m.astype(jnp.bfloat16 if hyper.bf16_momentum else f32), v
+
+    leaves = zip(*map(jax.tree.leaves, (params, grads, state.momentum, state.second_moment)), spec_leaves(specs), strict=True)
+    p, m, v = zip(*(leaf(*arrays) for arrays in leaves), strict=True)
+    unflatten = jax.tree.structure(params).unflatten
+    return unflatten(p), OptimizerState(state.count + 1, unflatten(m), unflatten(v))
+
+
+def spec_leaves(specs) -> list[WeightSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, WeightSpec))
+
+
+def global_norm(tree, specs) -> jax.Array:
+    """sqrt of the sum of squares over all weights of all devices, each weight once; one psum per distinct set of axes."""
+    by_axes: dict[tuple, list] = {}
+    for x, spec in zip(jax.tree.leaves(tree), spec_leaves(specs), strict=True):
+        by_axes.setdefault(spec.axes, []).append(jnp.sum(x * x))
+    return jnp.sqrt(sum(lax.psum(sum(squares), axes) if axes else sum(squares) for axes, squares in by_axes.items()))
+
+
+def root_mean_square(p, spec: WeightSpec) -> jax.Array:
+    """RMS of the whole matrix, per layer where layers are stacked, shaped to broadcast against p."""
+    dimensions = tuple(range(spec.stacked, p.ndim))
+    squares = jnp.sum(p * p, axis=dimensions, keepdims=True)
+    if spec.axes:
+        squares = lax.psum(squares, spec.axes)
+    return jnp.sqrt(squares / math.prod(spec.shape[spec.stacked:]))
