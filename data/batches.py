@@ -1,0 +1,324 @@
+"""Records -> batches of arrays.  Two ways, both endless and resumable to the bit:
+
+`PackedStream`: EasyLM's.  All records in file order form one stream of tokens, cut into batch_size rows of seq_length
+tokens; targets are the same stream one token later.  Records straddle rows, and attention crosses records.
+
+`Rows`: one record a row, padded on the right to one of a few bucket lengths; only the positions that carry loss are
+listed, so that the network need not compute logits for the others.  Shuffled every epoch, each record once.
+
+`state()` belongs to the batch last returned: after `restore(state)` comes the batch that would have followed it.
+Neighbours: records.py below, the training loop above.
+"""
+import hashlib
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.records import Record, RecordReader
+
+
+class Batch(NamedTuple):
+    """What one training step reads.
+
+    tokens_BT int32.  segments_BT int32: 0 for padding, 1.. the record a token belongs to.
+    loss_positions_BP int32: the positions t whose next token carries loss, then zeros; None means P = T, all in order.
+    targets_BP int32: the token after that position.  loss_mask_BP float32: 1 where it counts, 0 elsewhere.
+    row_weight_B float32: 0 for a row that only fills the batch up; the loss is a weighted mean over rows.
+    """
+
+    tokens_BT: np.ndarray
+    segments_BT: np.ndarray
+    loss_positions_BP: np.ndarray | None
+    targets_BP: np.ndarray
+    loss_mask_BP: np.ndarray
+    row_weight_B: np.ndarray
+
+
+class PackedStream:
+    """Batches of EasyLM's token stream (its data.py, August 2023), number for number.
+
+    With C = batch_size * seq_length, a batch takes tokens [0, C) of the buffer as inputs and [1, C] as targets with
+    their masks, then drops C tokens; records are read until more than C + 1 tokens wait.  `always_start_with_bos`
+    overwrites column 0 of the inputs, not of the targets.  `start_seek_loc` (a byte where a line begins),
+    `example_index_at_start` and `tokens_count_at_start` begin elsewhere by hand.
+    """
+
+    def __init__(self, reader: RecordReader, *, seq_length: int, batch_size: int, always_start_with_bos: bool = False,
+                 start_seek_loc: int = 0, example_index_at_start: int = 0, tokens_count_at_start: int = 0):
+        _check_sizes(reader, seq_length, batch_size)
+        self.reader, self.shape, self.always_start_with_bos = reader, (batch_size, seq_length), always_start_with_bos
+        self.total_tokens = tokens_count_at_start
+        self._source = {'records': _file_identity(reader.path), 'text_processor': reader.processor.settings}
+        self._begin(start_seek_loc, example_index_at_start)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        count = self.shape[0] * self.shape[1]
+        while len(self._tokens) <= count + 1:
+            self._append(next(self._records))
+        self.total_tokens += count
+        inputs = np.array(self._tokens[:count], np.int32).reshape(self.shape)
+        targets = np.array(self._tokens[1:count + 1], np.int32).reshape(self.shape)
+        loss_mask = np.array(self._loss_mask[1:count + 1], np.float32).reshape(self.shape)
+        if self.always_start_with_bos:
+            inputs[:, 0] = self.reader.processor.tokenizer.bos_token_id
+        self._drop(count)
+        segments, row_weight = np.ones(self.shape, np.int32), np.ones(self.shape[0], np.float32)
+        return Batch(inputs, segments, None, targets, loss_mask, row_weight)
+
+    @property
+    def metrics(self) -> dict:
+        """The reader's place after the last batch, by EasyLM's names: byte, line (from 0), tokens so far."""
+        return {'dataset_file_loc': self._file_loc, 'dataset_example_index': self._example_index,
+                'dataset_total_tokens': self.total_tokens}
+
+    def state(self) -> dict:
+        """JSON-able: the line that began the tokens still waiting and how many of its tokens are gone."""
+        start, index, skipped, dropped = self._head()
+        return {'start': start, 'index': index, 'dropped': dropped, 'skipped_lines': skipped,
+                'total_tokens': self.total_tokens, 'source': self._source}
+
+    def restore(self, state: dict) -> None:
+        """Continue after the batch whose `state()` this is.  Raises ValueError when file or text settings differ."""
+        _check_source(state['source'], self._source, self.reader)
+        self.total_tokens = state['total_tokens']
+        self._begin(state['start'], state['index'])
+        self.reader.skipped_lines = state['skipped_lines']
+        if state['dropped']:
+            self._append(next(self._records))
+            self._drop(state['dropped'])
+
+    def _begin(self, start: int, index: int) -> None:
+        self._tokens, self._loss_mask = [], []
+        self._waiting = deque()  # records in the buffer: start, index, lines skipped before, tokens left, tokens gone
+        self._file_loc, self._example_index = start, index
+        self._records = self._endless(start, index)
+
+    def _endless(self, start: int, index: int):
+        while True:
+            found = False
+            for record in self.reader.records(start, index):
+                found = True
+                yield record
+            if not found and start == 0:
+                raise ValueError(f'{self.reader.path}: no usable record in it, {self.reader.skipped_lines} bad lines '
+                                 f'skipped; check --{self.reader.flag}.path')
+            start = index = 0
+
+    def _append(self, record: Record) -> None:
+        if record.tokens:
+            self._waiting.append([record.start, record.index, self.reader.skipped_lines, len(record.tokens), 0])
+        self._tokens += record.tokens
+        self._loss_mask += record.loss_mask
+        self._file_loc, self._example_index = record.end, record.index
+
+    def _drop(self, count: int) -> None:
+        del self._tokens[:count], self._loss_mask[:count]
+        while count:
+            head = self._waiting[0]
+            taken = min(count, head[3])
+            head[3] -= taken
+            head[4] += taken
+            count -= taken
+            if not head[3]:
+                self._waiting.popleft()
+
+    def _head(self) -> tuple[int, int, int, int]:
+        if not self._waiting:  # only before the first batch: each batch leaves at least two tokens waiting
+            return self._file_loc, self._example_index, self.reader.skipped_lines, 0
+        start, index, skipped, _, dropped = self._waiting[0]
+        return start, index, skipped, dropped
+
+
+class Rows:
+    """Batches with one record a row.  The whole set is tokenized once, at construction.
+
+    A row reads tokens[:-1] of its record and predicts tokens[1:].  Lengths T are `bucket_lengths` (default: 32, 40,
+    48, 56, 64, 80, .. up to seq_length) and P(T) is a function of T, so the number of different shapes, each one
+    compilation, is at most that of the buckets; `shapes` lists them.  An epoch is a permutation by (seed, epoch):
+    each bucket's rows in that order form full batches, what remains joins the next longer bucket, and the last batch
+    is filled up with rows of weight 0; then the batches are shuffled.  So every record comes exactly once an epoch,
+    in ceil(n / batch_size) batches.
+
+    A record with more than seq_length + 1 tokens is refused ('error'), left out ('drop'), or cut ('truncate'): tokens
+    after bos go, so that the answer at the end stays; where the prompt is shorter than the cut, the record is
+    refused.  A record without a target is a bad line.  `counts` tells what happened to how many.
+    """
+
+    def __init__(self, reader: RecordReader, *, seq_length: int, batch_size: int, seed: int = 42, shuffle: bool = True,
+                 too_long: str = 'error', bucket_lengths: tuple[int, ...] = (), progress: bool = True):
+        _check_sizes(reader, seq_length, batch_size)
+        if too_long not in ('error', 'truncate', 'drop'):
+            raise ValueError(f'{reader.flag}.{too_long=} must be error, truncate or drop')
+        self.edges = np.array(bucket_lengths or default_buckets(seq_length))
+        if self.edges[-1] != seq_length or np.any(np.diff(self.edges) <= 0) or self.edges[0] < 1:
+            raise ValueError(f'{bucket_lengths=} must rise and end with {seq_length=}')
+        self.reader, self.batch_size, self.seq_length, self.seed = reader, batch_size, seq_length, seed
+        self.shuffle, self.too_long = shuffle, too_long
+        self.counts = {'rows': 0, 'truncated': 0, 'dropped': 0, 'skipped_lines': 0}
+        self._read(progress)
+        self._widths = self._target_widths()
+        self._source = {'rows_sha256': self._fingerprint(), 'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size,
+                        'bucket_lengths': self.edges.tolist()}
+        self.epoch, self.batch, self.total_tokens = 0, 0, 0
+        self._planned = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        if self.batch == self.batches_per_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
+        if self._planned != self.epoch:
+            self._plan, self._planned = self._epoch_plan(self.epoch), self.epoch
+        rows = self._plan[self.batch]
+        self.batch += 1
+        self.total_tokens += sum(len(self.tokens[row]) - 1 for row in rows)
+        return self._build(rows)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.tokens) // self.batch_size)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (T, P) a batch can have."""
+        return [(int(edge), width) for edge, width in zip(self.edges, self._widths, strict=True) if width]
+
+    @property
+    def fill(self) -> float:
+        """Tokens over padded tokens, in epoch 0: what is left after the waste of padding."""
+        padded = sum(self.batch_size * self._length(rows) for rows in self._epoch_plan(0))
+        return sum(len(tokens) - 1 for tokens in self.tokens) / padded
+
+    @property
+    def metrics(self) -> dict:
+        """Where the last batch stood."""
+        return {'dataset_epoch': self.epoch, 'dataset_batch': self.batch, 'dataset_total_tokens': self.total_tokens}
+
+    def state(self) -> dict:
+        """JSON-able; the permutation follows from it."""
+        return {'epoch': self.epoch, 'batch': self.batch, 'total_tokens': self.total_tokens, 'source': self._source}
+
+    def restore(self, state: dict) -> None:
+        """Continue after the batch whose `state()` this is.  Raises ValueError when records or settings differ."""
+        _check_source(state['source'], self._source, self.reader)
+        self.epoch, self.batch, self.total_tokens = state['epoch'], state['batch'], state['total_tokens']
+
+    def _read(self, progress: bool) -> None:
+        self.tokens, self.positions = [], []  # of each row: its tokens, its positions with loss
+        hide = None if progress else True  # None: shown on a terminal only
+        for record in tqdm(self.reader.records(), 'tokenizing', unit=' records', disable=hide):
+            record = self._fit(record)
+            if record is None:
+                continue
+            positions = np.flatnonzero(record.loss_mask[1:]).astype(np.int32)
+            if not len(positions):
+                self.reader.bad(record.index, 'no token of the record carries loss; check text_processor.fields')
+                continue
+            self.tokens.append(np.array(record.tokens, np.int32))
+            self.positions.append(positions)
+        self.counts.update(rows=len(self.tokens), skipped_lines=self.reader.skipped_lines)
+        if not self.tokens:
+            raise ValueError(f'{self.reader.path}: no usable record in it, {self.counts}; check '
+                             f'--{self.reader.flag}.path')
+
+    def _fit(self, record: Record) -> Record | None:
+        extra = len(record.tokens) - (self.seq_length + 1)
+        if extra <= 0:
+            return record
+        where = f'{self.reader.path}:{record.index + 1}'
+        if self.too_long == 'error':
+            raise ValueError(f'{where}: {len(record.tokens) - 1} tokens do not fit {self.reader.flag}.seq_length='
+                             f'{self.seq_length}; raise it, or set --{self.reader.flag}.too_long=truncate or drop')
+        if self.too_long == 'drop':
+            self.counts['dropped'] += 1
+            return None
+        keep = int(record.tokens[0] == self.reader.processor.tokenizer.bos_token_id and not record.loss_mask[0])
+        prompt = (record.loss_mask + [1.0]).index(1.0, keep) - keep
+        if 0 < prompt < extra + 1 - keep:  # something must stay in front of the first target
+            raise ValueError(f'{where}: the part with loss alone does not fit {self.reader.flag}.seq_length='
+                             f'{self.seq_length}; raise it, or set --{self.reader.flag}.too_long=drop')
+        self.counts['truncated'] += 1
+        return record._replace(tokens=record.tokens[:keep] + record.tokens[keep + extra:],
+                               loss_mask=record.loss_mask[:keep] + record.loss_mask[keep + extra:])
+
+    def _target_widths(self) -> list[int]:
+        """P of each bucket: the most targets of a row that fits it, up to a power of two, at most T; 0: no row."""
+        counts, buckets, widths = np.array([len(p) for p in self.positions]), self._buckets(), []
+        for number, edge in enumerate(self.edges):
+            most = int(counts[buckets <= number].max(initial=1))
+            widths.append(min(int(edge), 1 << (most - 1).bit_length()) if number in buckets else 0)
+        return widths
+
+    def _buckets(self) -> np.ndarray:
+        return np.searchsorted(self.edges, [len(tokens) - 1 for tokens in self.tokens])
+
+    def _length(self, rows: list[int]) -> int:
+        return int(self.edges[np.searchsorted(self.edges, max(len(self.tokens[row]) for row in rows) - 1)])
+
+    def _epoch_plan(self, epoch: int) -> list[list[int]]:
+        """The rows of every batch of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.tokens)) if self.shuffle else np.arange(len(self.tokens))
+        buckets, batches, rest = self._buckets()[order], [], []
+        for number in range(len(self.edges)):
+            rows = rest + order[buckets == number].tolist()
+            full = len(rows) // self.batch_size * self.batch_size
+            batches += [rows[i:i + self.batch_size] for i in range(0, full, self.batch_size)]
+            rest = rows[full:]
+        if rest:
+            batches.append(rest)
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+    def _build(self, rows: list[int]) -> Batch:
+        batch, length = self.batch_size, self._length(rows)
+        width = self._widths[np.searchsorted(self.edges, length)]
+        tokens_BT = np.full((batch, length), self.reader.processor.tokenizer.pad_token_id, np.int32)
+        segments_BT = np.zeros((batch, length), np.int32)
+        positions_BP, targets_BP = np.zeros((batch, width), np.int32), np.zeros((batch, width), np.int32)
+        loss_mask_BP, row_weight_B = np.zeros((batch, width), np.float32), np.zeros(batch, np.float32)
+        for b, row in enumerate(rows):
+            tokens, positions = self.tokens[row], self.positions[row]
+            tokens_BT[b, :len(tokens) - 1] = tokens[:-1]
+            segments_BT[b, :len(tokens) - 1] = 1
+            positions_BP[b, :len(positions)] = positions
+            targets_BP[b, :len(positions)] = tokens[positions + 1]
+            loss_mask_BP[b, :len(positions)] = 1
+            row_weight_B[b] = 1
+        return Batch(tokens_BT, segments_BT, positions_BP, targets_BP, loss_mask_BP, row_weight_B)
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for tokens, positions in zip(self.tokens, self.positions, strict=True):
+            digest.update(np.int32([len(tokens), len(positions)]).tobytes() + tokens.tobytes() + positions.tobytes())
+        return digest.hexdigest()
+
+
+def default_buckets(seq_length: int) -> tuple[int, ...]:
+    """32, 40, 48, 56, 64, 80, 96, .. (four an octave) below seq_length, then seq_length; above 32 a row fills 4/5."""
+    edges = [quarters << power for power in range(3, 30) for quarters in (4, 5, 6, 7)]
+    return (*(edge for edge in edges if edge < seq_length), seq_length)
+
+
+def _check_sizes(reader: RecordReader, seq_length: int, batch_size: int) -> None:
+    if seq_length < 1 or batch_size < 1:
+        raise ValueError(f'{reader.flag}: {seq_length=} and {batch_size=} must be at least 1')
+
+
+def _file_identity(path: str) -> dict:
+    """Enough to notice that a file was replaced or edited, at the cost of reading 1 MiB of it."""
+    with open(path, 'rb') as file:
+        start = hashlib.sha256(file.read(1 << 20)).hexdigest()
+        return {'size': file.seek(0, 2), 'sha256_of_first_MiB': start}
+
+
+def _check_source(saved: dict, ours: dict, reader: RecordReader) -> None:
+    for name in ours:
+        if saved.get(name) != ours[name]:
+            raise ValueError(f'{reader.flag}: cannot continue with {reader.path}: {name} was {saved.get(name)}, now it '
+                             f'is {ours[name]}; continue with the same records and settings, or start anew')
