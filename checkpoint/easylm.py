@@ -1,0 +1,210 @@
+"""Reads LLaMA weights that EasyLM (August 2023) saved.  Neighbours: load.py, rotary_order.py.
+
+Format facts (EasyLM's checkpoint.py; flax.serialization): a streaming file is a sequence of msgpack values
+
+    [key, value]     key: array of strings      value: bin = flax.serialization.to_bytes(array)
+
+and flax writes an array as msgpack ext type 1 = [shape, dtype name, raw bytes in C order], or, above 1 GiB, as a dict
+{'__msgpack_chunked_array__': True, 'shape': {'0': ..}, 'chunks': {'0': array, ..}}.  Three kinds of file:
+
+  params              keys ('transformer', 'h', '0', 'attention', 'wq', 'kernel'), one tensor each
+  trainstate_params   the whole TrainState; the weights' keys begin with ('params', 'params')
+  flax_params         no stream: one msgpack value, a nested dict, read as a whole
+
+A streaming file is indexed once by seeking over the values; then one tensor at a time is read.  Linear layers are
+[in, out] as ours, lm_head is [M, V] where ours is [V, M], q and k are in interleaved rotary order.  The file states no
+configuration.
+"""
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import msgpack
+import numpy as np
+
+from checkpoint.huggingface import refuse_placeholder
+from checkpoint.rotary_order import half_split_from_interleaved
+
+# our name -> their key; {} is the layer
+NAMES = {
+    'embedding': 'transformer/wte/embedding',
+    'layers.attention_norm': 'transformer/h/{}/attention_norm/kernel',
+    'layers.w_q': 'transformer/h/{}/attention/wq/kernel',
+    'layers.w_k': 'transformer/h/{}/attention/wk/kernel',
+    'layers.w_v': 'transformer/h/{}/attention/wv/kernel',
+    'layers.w_o': 'transformer/h/{}/attention/wo/kernel',
+    'layers.ffn_norm': 'transformer/h/{}/ffn_norm/kernel',
+    'layers.w_gate': 'transformer/h/{}/feed_forward/w1/kernel',
+    'layers.w_up': 'transformer/h/{}/feed_forward/w3/kernel',
+    'layers.w_down': 'transformer/h/{}/feed_forward/w2/kernel',
+    'final_norm': 'transformer/ln_f/kernel',
+    'head': 'lm_head/kernel',
+}
+ROOTS = {'params': '', 'trainstate_params': 'params/params/', 'flax_params': ''}
+DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+
+
+class Entry(NamedTuple):
+    """Where a value lies in a streaming file: offset and length in bytes of flax's serialization."""
+
+    offset: int
+    length: int
+
+
+class Reader:
+    """An EasyLM file of one `kind` (see ROOTS), opened for reading.
+
+    head_dim: the caller's, since the file does not state it.  names: all weights of the file, by the file's keys.
+    Raises ValueError for a broken file and for one of another kind.
+    """
+
+    config = None
+
+    def __init__(self, path: str, kind: str, head_dim: int):
+        self.path, self.notes, self._head_dim = Path(path), [], head_dim
+        refuse_placeholder(self.path)
+        if kind == 'flax_params':
+            self._arrays, self._entries = _read_blob(self.path), {}
+            stored = set(self._arrays)
+        else:
+            self._arrays, self._entries = {}, index(self.path)
+            stored = set(self._entries)
+        self._root = ROOTS[kind]
+        self.names = {key.removeprefix(self._root) for key in stored if key.startswith(self._root)}
+        if kind == 'trainstate_params' and not self.names:
+            raise ValueError(f'{self.path} holds no train state (no key under params/params): use params::')
+        if kind == 'params' and any(key.startswith('params/params/') for key in stored):
+            raise ValueError(f'{self.path} holds a whole train state: use trainstate_params:: for its weights')
+
+    def source(self, name: str, layer: int | None) -> str:
+        """The file's own key of our tensor, joined with '/', for messages and for `names`."""
+        return NAMES[name].format(layer)
+
+    def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
+        """The shape `tensor` would return, from the value's header alone; None if the file has no such tensor."""
+        source = self.source(name, layer)
+        if source not in self.names:
+            return None
+        if self._entries:
+            shape = _read_shape(self.path, self._entries[self._root + source])
+        else:
+            shape = self._arrays[source].shape
+        return shape[::-1] if name == 'head' else shape
+
+    def tensor(self, name: str, layer: int | None) -> np.ndarray:
+        """One tensor, float32, in our layout and rotary order."""
+        source = self.source(name, layer)
+        if source not in self.names:
+            raise ValueError(f'{self.path}: no tensor {source!r}')
+        if self._entries:
+            array = _array(self.path, _unpack(self.path, _read(self.path, self._entries[self._root + source])))
+        else:
+            array = self._arrays[source]
+        array = array.astype(np.float32, copy=False)
+        if name == 'head':
+            return array.T
+        if name in ('layers.w_q', 'layers.w_k'):
+            return half_split_from_interleaved(array, self._head_dim)
+        return array
+
+
+def index(path: Path) -> dict[str, Entry]:
+    """{key joined with '/': Entry} of a streaming file; reads keys and lengths, and seeks over the values."""
+    entries = {}
+    size = path.stat().st_size
+    with open(path, 'rb') as file:
+        while (start := file.tell()) < size:
+            try:
+                unpacker = msgpack.Unpacker(io.BytesIO(file.read(4096)), max_buffer_size=4096)
+                if unpacker.read_array_header() != 2:
+                    raise ValueError('not a pair')
+                key = '/'.join(unpacker.unpack())
+                file.seek(start + unpacker.tell())
+                length = _bin_length(file)
+            except (ValueError, TypeError, msgpack.UnpackException) as error:
+                raise ValueError(f'{path} at byte {start} holds no (key, value) of an EasyLM streaming file ({error}); '
+                                 'a file saved by flax in one piece is read with flax_params::') from None
+            if length > size - file.tell():
+                raise ValueError(f'{path} is cut off: {key} needs {length} bytes, {size - file.tell()} are left')
+            if key in entries:
+                raise ValueError(f'{path}: {key} occurs twice')
+            entries[key] = Entry(file.tell(), length)
+            file.seek(length, 1)
+    return entries
+
+
+def _bin_length(file) -> int:
+    """Reads the header of a msgpack bin value; the file then stands at its first byte."""
+    width = {b'\xc4': 1, b'\xc5': 2, b'\xc6': 4}.get(file.read(1))
+    if width is None:
+        raise ValueError('the value is not of type bin')
+    return int.from_bytes(file.read(width), 'big')
+
+
+def _read(path: Path, entry: Entry, most: int | None = None) -> bytes:
+    with open(path, 'rb') as file:
+        file.seek(entry.offset)
+        return file.read(entry.length if most is None else min(most, entry.length))
+
+
+def _read_shape(path: Path, entry: Entry) -> tuple[int, ...]:
+    """The shape of a value; of an ordinary array from its first bytes, of a chunked one by reading it."""
+    head = _read(path, entry, most=64)
+    header = {0xc7: 3, 0xc8: 4, 0xc9: 6}.get(head[0], 2 if 0xd4 <= head[0] <= 0xd8 else None) if head else None
+    if header is None:
+        return _array(path, _unpack(path, _read(path, entry))).shape
+    try:
+        unpacker = msgpack.Unpacker(io.BytesIO(head[header:]), max_buffer_size=4096)
+        unpacker.read_array_header()
+        return tuple(unpacker.unpack())
+    except (ValueError, TypeError, msgpack.UnpackException):
+        raise ValueError(f'{path} at byte {entry.offset}: no array as flax writes it') from None
+
+
+def _unpack(path: Path, data: bytes):
+    """flax's msgpack with arrays as numpy arrays; nothing else than type 1 (ndarray) is accepted as extension."""
+
+    def extension(code: int, data: bytes) -> np.ndarray:
+        if code != 1:
+            raise ValueError(f'extension type {code}')
+        shape, dtype, buffer = msgpack.unpackb(data)
+        if dtype not in DTYPES:
+            raise ValueError(f'dtype {dtype!r}; supported: {" ".join(DTYPES)}')
+        return np.frombuffer(buffer, DTYPES[dtype]).reshape(shape)
+
+    try:
+        return msgpack.unpackb(data, ext_hook=extension, strict_map_key=True, max_bin_len=len(data))
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f'{path} holds a value that is no array as flax writes it: {error}') from None
+
+
+def _array(path: Path, value) -> np.ndarray:
+    """An array as it stands, or joined from flax's chunks."""
+    if isinstance(value, dict) and '__msgpack_chunked_array__' in value:
+        shape, chunks = value['shape'], value['chunks']
+        value = np.concatenate([chunks[str(i)] for i in range(len(chunks))])
+        return value.reshape([shape[str(i)] for i in range(len(shape))])
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f'{path}: {type(value).__name__} where an array must stand')
+    return value
+
+
+def _read_blob(path: Path) -> dict[str, np.ndarray]:
+    """A flax_params file as {key joined with '/': array}, with or without a root 'params'."""
+    tree = _unpack(path, path.read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError(f'{path} holds no dict of parameters: a streaming file is read with params::')
+    if set(tree) == {'params'}:
+        tree = tree['params']
+    arrays = {}
+
+    def walk(prefix: str, node) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict) and '__msgpack_chunked_array__' not in value:
+                walk(f'{prefix}{key}/', value)
+            else:
+                arrays[prefix + key] = _array(path, value)
+
+    walk('', tree)
+    return arrays

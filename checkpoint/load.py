@@ -1,0 +1,214 @@
+"""`--load_checkpoint=TYPE::PATH` -> configuration, weights, tokenizer, prompt template.  Next: the readers beside it.
+
+  bare PATH   our own checkpoint (native.py): a directory of steps (the newest is taken), or one step_N directory
+  hf::        Hugging Face directory with safetensors (huggingface.py)
+  gguf::      llama.cpp file (gguf.py)
+  params:: trainstate_params:: flax_params::     EasyLM files (easylm.py); these need --load_llama_config
+
+A reader of a foreign file has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer).
+All shapes are compared before anything is allocated; then weight by weight the parts that this process's devices hold
+are filled layer by layer and put on the devices: the host never holds more than one stacked weight besides the result.
+"""
+import difflib
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from checkpoint import native
+from data.prompt import PromptTemplate
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
+from model.config import LlamaConfig, config_from_dict, config_to_dict
+from model.llama import Llama, abstract_params, weight_specs
+from model.partition import WeightSpec
+
+EASYLM = ('params', 'trainstate_params', 'flax_params')
+TYPES = ('hf', 'gguf', *EASYLM)
+_log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- what a spec holds
+
+
+def read_config(spec: str) -> LlamaConfig | None:
+    """The model's configuration; None if the file states none (EasyLM's)."""
+    kind, path = split_spec(spec)
+    if kind == 'native':
+        return config_from_dict(_meta(spec, 'model'), source=str(native.step_directory(*_step(path))))
+    if kind in EASYLM:
+        return None
+    reader = _open(spec, None)
+    for note in reader.notes:
+        _log.warning('%s', note)
+    return reader.config
+
+
+def read_tokenizer(spec: str) -> Tokenizer | None:
+    """The tokenizer that comes with the weights, or None; raises ValueError if there is one that is not supported."""
+    kind, path = split_spec(spec)
+    if kind == 'hf':
+        known = any((Path(path) / name).is_file() for name in ('tokenizer.json', 'tokenizer.model'))
+        return load_tokenizer(path) if known else None
+    if kind == 'gguf':
+        return tokenizer_from_json(*_open(spec, None).tokenizer_json(), source=path)
+    if kind == 'native' and (stated := _meta(spec, 'tokenizer', None)) is not None:
+        directory, step = _step(path)
+        content = native.read_file(directory, step, stated['file_name'])
+        if stated['file_name'] == 'tokenizer.json':
+            return tokenizer_from_json(content.decode(), stated['bos'], stated['eos'], stated['pad'], source=path)
+        return load_tokenizer(native.step_directory(directory, step) / stated['file_name'])
+    return None
+
+
+def read_template(spec: str) -> PromptTemplate | None:
+    """The prompt template of a native checkpoint; None if it carries none, and for foreign files."""
+    if split_spec(spec)[0] != 'native' or (values := _meta(spec, 'template', None)) is None:
+        return None
+    return PromptTemplate.from_dict(values, source=spec)
+
+
+def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptTemplate | None) -> tuple[dict, dict]:
+    """(meta, files) for native.save, such that the read_ functions above give config, tokenizer and template back."""
+    meta = dict(model=config_to_dict(config), template=template.to_dict() if template else None, tokenizer=None)
+    if tokenizer is None:
+        return meta, {}
+    meta['tokenizer'] = dict(file_name=tokenizer.file_name, fingerprint=tokenizer.fingerprint,
+                             bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
+    return meta, {tokenizer.file_name: tokenizer.source_bytes}
+
+
+def by_name(tree: Llama, config: LlamaConfig, prefix: str) -> dict:
+    """{prefix + '.' + weight's name: leaf} of a tree shaped like the weights (weights, momenta, ShapeDtypeStructs)."""
+    return {f'{prefix}.{spec.name}': leaf for spec, leaf in zip(_specs(config), jax.tree.leaves(tree), strict=True)}
+
+
+def _specs(config: LlamaConfig) -> list[WeightSpec]:
+    return jax.tree.leaves(weight_specs(config), is_leaf=lambda node: isinstance(node, WeightSpec))
+
+
+# ---------------------------------------------------------------- the weights
+
+
+def load_params(spec: str, config: LlamaConfig, mesh: Mesh) -> Llama:
+    """The weights: float32, on the shardings of `abstract_params(config, mesh)`.
+
+    Raises ValueError for a spec that names nothing readable, and for a checkpoint of another shape than `config`.
+    """
+    kind, path = split_spec(spec)
+    targets = abstract_params(config, mesh)
+    if kind == 'native':
+        _refuse_misfit(spec, _other_heads(read_config(spec), config))
+        directory, step = _step(path)
+        arrays = native.restore(directory, step, by_name(targets, config, 'params'))
+        return jax.tree.unflatten(jax.tree.structure(targets), arrays.values())
+    reader = _open(spec, config)
+    _compare(spec, reader, config)
+    leaves = [_assemble(reader, weight, target) for weight, target in
+              zip(_specs(config), jax.tree.leaves(targets), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(targets), leaves)
+
+
+def _compare(spec: str, reader, config: LlamaConfig) -> None:
+    """Raises ValueError unless the reader has exactly the tensors of `config`, in their shapes."""
+    wrong, expected = [], set()
+    for weight in _specs(config):
+        for layer in range(config.num_hidden_layers) if weight.stacked else [None]:
+            want = weight.shape[1:] if weight.stacked else weight.shape
+            got, source = reader.shape(weight.name, layer), reader.source(weight.name, layer)
+            expected.add(source)
+            if got != want:
+                wrong.append(f'{source} got {list(got) if got else "nothing"} want {list(want)}')
+    wrong += [f'{name} got a tensor want none' for name in sorted(reader.names - expected)]
+    _refuse_misfit(spec, wrong + (_other_heads(reader.config, config) if reader.config else []))
+
+
+def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
+    """What shapes alone do not show: 4 heads of 16 have the matrices of 2 heads of 32."""
+    return [f'{field} got {getattr(stored, field)} want {getattr(config, field)}'
+            for field in ('num_attention_heads', 'num_key_value_heads', 'head_dim')
+            if getattr(stored, field) != getattr(config, field)]
+
+
+def _refuse_misfit(spec: str, wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(f'load_checkpoint={spec!r} is a checkpoint of another shape than the model: '
+                         f'{native.shortened(wrong)} (check load_llama_config and update_llama_config: vocab_size, '
+                         'num_key_value_heads, num_hidden_layers, tie_word_embeddings, ..)')
+
+
+def _assemble(reader, weight: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """One weight, each of its tensors read once and copied into the parts that need it."""
+    parts = {bounds: np.empty([stop - start for start, stop in bounds], np.float32)
+             for bounds in native.shard_indices(target.shape, target.sharding)}
+    for layer in range(weight.shape[0]) if weight.stacked else [None]:
+        tensor = reader.tensor(weight.name, layer)
+        for bounds, part in parts.items():
+            inner = tuple(slice(*bound) for bound in (bounds if layer is None else bounds[1:]))
+            if layer is None:
+                part[...] = tensor[inner]
+            elif bounds[0][0] <= layer < bounds[0][1]:
+                part[layer - bounds[0][0]] = tensor[inner]
+    return native.from_parts(target, parts)
+
+
+# ---------------------------------------------------------------- specs
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """'TYPE::PATH' -> (type, path), a bare path -> ('native', path).  Raises ValueError with the types that exist."""
+    kind, separator, path = spec.partition('::')
+    if not separator:
+        kind, path = 'native', spec
+    elif kind == 'pickle':
+        raise ValueError(f'load_checkpoint={spec!r}: pickle files are never read (unpickling runs code); save the '
+                         'weights as safetensors (hf::) or take the streaming file of the same run (params::)')
+    elif kind == 'trainstate':
+        raise ValueError(f'load_checkpoint={spec!r}: an EasyLM train state is not resumed; trainstate_params::{path} '
+                         'takes its weights')
+    elif kind not in TYPES:
+        close = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
+        hint = f' (did you mean {close[0]}::?)' if close else ''
+        raise ValueError(f'load_checkpoint={spec!r}: unknown type {kind!r}{hint}; types: '
+                         f'{" ".join(name + "::" for name in TYPES)}, or a bare path for our own checkpoints')
+    if not path or not Path(path).exists() and not Path(path).is_symlink():
+        raise ValueError(f'load_checkpoint={spec!r}: {path!r} does not exist')
+    return kind, path
+
+
+def _open(spec: str, config: LlamaConfig | None):
+    """The reader of a foreign spec.  Its libraries are extras, so each is imported only when its format is asked."""
+    kind, path = split_spec(spec)
+    try:
+        if kind == 'hf':
+            from checkpoint import huggingface
+            return huggingface.Reader(path)
+        if kind == 'gguf':
+            from checkpoint import gguf
+            return gguf.Reader(path)
+        from checkpoint import easylm
+        return easylm.Reader(path, kind, config.head_dim)
+    except ModuleNotFoundError as error:
+        raise ValueError(f'load_checkpoint={spec!r} needs the Python package {error.name!r}: '
+                         "install this project with its extra 'formats'") from None
+
+
+def _step(path: str) -> tuple[str, int]:
+    """(directory, step) of a native path: a directory of steps, or one of the steps itself."""
+    name = Path(path).name
+    if (Path(path) / native.MANIFEST).exists() and name.removeprefix('step_').isdecimal():
+        return str(Path(path).parent), int(name.removeprefix('step_'))
+    if (Path(path) / 'config.json').exists() or Path(path).is_file():
+        kind = 'gguf' if path.endswith('.gguf') else 'params' if Path(path).is_file() else 'hf'
+        raise ValueError(f'load_checkpoint={path!r} is no checkpoint of ours: a foreign one is named with its type, '
+                         f'for example {kind}::{path}')
+    return path, native.existing_step(path, None)
+
+
+def _meta(spec: str, key: str, *default):
+    directory, step = _step(split_spec(spec)[1])
+    meta = native.read_meta(directory, step)
+    if key not in meta and not default:
+        raise ValueError(f'load_checkpoint={spec!r}: {native.step_directory(directory, step)} states no {key}')
+    return meta.get(key, *default)
