@@ -2,7 +2,8 @@
 
     o = softmax(scale * q kᵀ  where visible, else -inf) v
 
-A query sees a key when the key's position is not after its own and both belong to the same segment; segment 0 is padding.
+A query sees a key when the key's position is not after its own and both belong to the same segment; segment 0 is
+padding.
 """
 import jax
 import jax.numpy as jnp

@@ -16,8 +16,8 @@ def check(name: str) -> None:
 def attend(name: str, q_BTHD, k_BSKD, v_BSKD, *, positions_BT, segments_BT, cached: bool) -> jax.Array:
     """o_BTHD of causal attention within segments, scale 1/sqrt(D), by the implementation `name`.
 
-    Without a cache the keys are the queries' own (S = T).  With one (`cached`), key s is at position s and belongs to the
-    row's one sequence: causality alone hides the slots that are not yet written.
+    Without a cache the keys are the queries' own (S = T).  With one (`cached`), key s is at position s and belongs to
+    the row's one sequence: causality alone hides the slots that are not yet written.
     """
     if cached:
         key_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1], dtype=jnp.int32), k_BSKD.shape[:2])

@@ -1,7 +1,8 @@
 """The key/value cache of decoding: one row per sequence, one slot per position.
 
-Row b holds its tokens from slot 0 on, so the key in slot s has position s, and a query at position p sees exactly the slots
-s <= p.  What lies in later slots (padding of a shorter prompt, or leftovers) is never seen, and decoding overwrites it.
+Row b holds its tokens from slot 0 on, so the key in slot s has position s, and a query at position p sees exactly the
+slots s <= p.  What lies in later slots (padding of a shorter prompt, or leftovers) is never seen, and decoding
+overwrites it.
 """
 import jax
 import jax.numpy as jnp

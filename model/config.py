@@ -130,13 +130,14 @@ def named_config(name: str) -> LlamaConfig:
             try:
                 return config_from_dict(json.load(file), source=path)
             except json.JSONDecodeError as error:
-                raise ValueError(f'load_llama_config={name!r}: {path}:{error.lineno} is not JSON: {error.msg}') from None
+                raise ValueError(f'load_llama_config: {path}:{error.lineno} is not JSON: {error.msg}') from None
     if separator and kind == 'pickle':
         raise ValueError(f'load_llama_config={name!r}: pickle files are never read (unpickling runs code); '
                          'give a name, or write the sizes to a JSON file and use json::FILE')
     close = difflib.get_close_matches(name, MODELS, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
-    raise ValueError(f'load_llama_config={name!r} is not a known model{hint}: use one of {" ".join(MODELS)}, or json::FILE')
+    raise ValueError(f'load_llama_config={name!r} is not a known model{hint}: use one of {" ".join(MODELS)}, '
+                     'or json::FILE')
 
 
 def config_from_dict(values: dict, source: str) -> LlamaConfig:

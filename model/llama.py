@@ -8,9 +8,9 @@
 Sources: LLaMA (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467).
 Letters: model/config.py; inside shard_map a suffix means the local shape.  Read next: model/loss.py, training/step.py.
 
-Between blocks, activations are split over mp along the sequence ('B T/mp M') when T allows it, as in 2205.05198: a block
-gathers them, computes its share of heads or columns, and its partial sums are reduce-scattered.  Decoding (one token) keeps
-them whole and sums with psum.
+Between blocks, activations are split over mp along the sequence ('B T/mp M') when T allows it, as in 2205.05198: a
+block gathers them, computes its share of heads or columns, and its partial sums are reduce-scattered.  Decoding (one
+token) keeps them whole and sums with psum.
 """
 import functools
 
@@ -67,7 +67,9 @@ def partitions(config: LlamaConfig) -> Llama:
 
 
 def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
-    """The Llama tree of float32 ShapeDtypeStructs with their shardings on `mesh`; checks that the mesh divides the model."""
+    """The Llama tree of float32 ShapeDtypeStructs with their shardings on `mesh`; checks that the mesh divides the
+    model.
+    """
     check_divisible(config, mesh)
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=NamedSharding(mesh, spec.partition)),
@@ -79,7 +81,7 @@ def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
     mp, heads, kv_heads = mesh.shape['mp'], config.num_attention_heads, config.num_key_value_heads
     if heads % mp or (kv_heads % mp and mp % kv_heads):
         raise ValueError(f'num_attention_heads={heads} and num_key_value_heads={kv_heads} cannot be split over {mp=}: '
-                         'choose a --mesh_dim whose mp divides the query heads, and divides or is a multiple of the others')
+                         'choose a --mesh_dim whose mp divides the query heads, and the others (or they divide it)')
     for spec in jax.tree.leaves(weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec)):
         for letter, size, axis in zip(spec.letters, spec.shape, spec.partition, strict=True):
             if axis and size % mesh.shape[axis]:
@@ -88,7 +90,8 @@ def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
 
 
 def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
-    """Random float32 weights, made where they live: normal with standard deviation `initializer_range` (as EasyLM), norms 1.
+    """Random float32 weights, made where they live: normal with standard deviation `initializer_range` (as EasyLM),
+    norms 1.
 
     The values depend on the seed alone, not on the mesh.
     """
@@ -110,11 +113,12 @@ def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
 
 def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: LlamaConfig, compute: Compute, *,
                   positions_BT: Array | None = None, cache: kv_cache.Cache | None = None):
-    """Runs the network up to the final norm: (h_BTM in the compute dtype, whole on every mp device; updated cache or None).
+    """Runs the network up to the final norm: (h_BTM in the compute dtype, whole on every mp device; updated cache or
+    None).
 
-    tokens, segments (0 = padding) and positions are int32 [B, T]; positions default to 0..T-1.  With a cache, the T tokens
-    of row b are written to slots positions_BT[b, 0].. and attend to what the row already holds (segments are not used).
-    Runs inside shard_map, on the local batch and the local shards of `params`.
+    tokens, segments (0 = padding) and positions are int32 [B, T]; positions default to 0..T-1.  With a cache, the T
+    tokens of row b are written to slots positions_BT[b, 0].. and attend to what the row already holds (segments are not
+    used). Runs inside shard_map, on the local batch and the local shards of `params`.
     """
     B, T = tokens_BT.shape
     dtype = DTYPES[compute.dtype]
@@ -127,10 +131,10 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
         h, cache = carry
         w, index = layer_and_index
         with jax.named_scope('attention'):
-            attention_out, cache = attention_block(
-                gather_sequence(rms_norm(h, w.attention_norm, config), split_sequence), w, rope, positions_BT, segments_BT,
-                config, compute, cache, index)
-            h = h + sum_partial(attention_out, split_sequence)
+            n_BTM = gather_sequence(rms_norm(h, w.attention_norm, config), split_sequence)
+            partial_BTM, cache = attention_block(n_BTM, w, rope, positions_BT, segments_BT, config, compute, cache,
+                                                 index)
+            h = h + sum_partial(partial_BTM, split_sequence)
         with jax.named_scope('ffn'):
             n_BTM = gather_sequence(rms_norm(h, w.ffn_norm, config), split_sequence)
             h = h + sum_partial(ffn_block(n_BTM, w, dtype), split_sequence)
@@ -145,7 +149,9 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
 
 
 def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Array:
-    """h_BTM (or its T/mp part).  Each mp device looks up the tokens of its own slice of the vocabulary, zero elsewhere."""
+    """h_BTM (or its T/mp part).  Each mp device looks up the tokens of its own slice of the vocabulary, zero
+    elsewhere.
+    """
     embedding_VM = all_gather(embedding.astype(dtype), 'V/mp M/fsdp -> V/mp M')
     V = embedding_VM.shape[0]
     local_BT = tokens_BT - V * lax.axis_index('mp')
@@ -178,8 +184,9 @@ def attention_block(n_BTM, w: Layer, rope, positions_BT, segments_BT, config, co
 def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:
     """The columns of the key/value heads that this device's query heads read.
 
-    With K >= mp they are its own shard.  With K < mp several devices share one head, of which each stores a piece: the pieces
-    are gathered, and the shared head taken; the transpose sums the devices' gradients and gives each its piece back.
+    With K >= mp they are its own shard.  With K < mp several devices share one head, of which each stores a piece: the
+    pieces are gathered, and the shared head taken; the transpose sums the devices' gradients and gives each its piece
+    back.
     """
     mp, K, D = lax.axis_size('mp'), config.num_key_value_heads, config.head_dim
     if K >= mp:
@@ -205,17 +212,19 @@ def sum_partial(x_BTM: Array, split_sequence: bool) -> Array:
 
 
 def rms_norm(x: Array, weight_M: Array, config: LlamaConfig) -> Array:
-    """x / sqrt(mean(x²) + eps) * weight: the mean in float32, the result in x's dtype."""
+    """x / sqrt(mean(x²) + eps) * weight over the last of x's three dimensions: float32 inside, x's dtype out."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.rms_norm_eps)
-    return x32.astype(x.dtype) * weight_M.astype(x.dtype)
+    return x32.astype(x.dtype) * weight_M.astype(x.dtype)[None, None]
 
 
 @functools.partial(jax.named_call, name='rope_table')
 def rope_table(positions_BT: Array, config: LlamaConfig) -> tuple[Array, Array]:
-    """cos and sin of position * frequency, float32 [B, T, 1, D/2]; frequency_i = theta^(-2i/D), scaled as Llama 3 does it."""
+    """cos and sin of position * frequency, float32 [B, T, 1, D/2]; frequency_i = theta^(-2i/D), scaled as Llama 3 does
+    it.
+    """
     D, scaling = config.head_dim, config.rope_scaling
-    frequency = config.rope_theta ** (-jnp.arange(0, D, 2, dtype=jnp.float32) / D)
+    frequency = config.rope_theta ** (-jnp.arange(0, D, 2, dtype=jnp.float32)[None, None, None] / D)
     if scaling:
         wavelengths_in_context = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
         keep = jnp.clip((wavelengths_in_context - scaling.low_freq_factor) /

@@ -2,8 +2,8 @@
 
     nll = log sum_v exp(z_v) - z_target,   z = head h          (float32 from the product on)
 
-Logits exist only for positions that ask for them, and of those only a chunk at a time; the backward pass computes a chunk
-again rather than keep it.
+Logits exist only for positions that ask for them, and of those only a chunk at a time; the backward pass computes a
+chunk again rather than keep it.
 """
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,16 @@ def logits(params: Llama, h_BPM: Array) -> Array:
 
 
 def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array) -> tuple[Array, Array]:
-    """(nll_BP float32, correct_BP bool): minus the log-likelihood of each target, and whether it is the most likely token.
+    """(nll_BP float32, correct_BP bool): minus the log-likelihood of each target, and whether it is the most likely
+    token.
 
-    h_BPM is whole on every mp device; the results are too.  P is walked in equal chunks of at most CHUNK_ELEMENTS logits.
+    h_BPM is whole on every mp device; the results are too.  P is walked in equal chunks of at most CHUNK_ELEMENTS
+    logits.
     """
     head_VM = head_weights(params, h_BPM.dtype)
     B, P, _ = h_BPM.shape
-    chunks = next(n for n in range(1, P + 1) if P % n == 0 and (n == P or B * P // n * head_VM.shape[0] <= CHUNK_ELEMENTS))
+    fits = lambda n: P % n == 0 and B * P // n * head_VM.shape[0] <= CHUNK_ELEMENTS
+    chunks = next(filter(fits, range(1, P)), P)
     if chunks == 1:
         return _chunk_cross_entropy(head_VM, h_BPM, targets_BP)
     split = lambda x: x.reshape(B, chunks, P // chunks, *x.shape[2:]).swapaxes(0, 1)
@@ -48,19 +51,21 @@ def _chunk_cross_entropy(head_VM, h_BPM, targets_BP):
     local_BP = targets_BP - V * lax.axis_index('mp')
     mine_BP = (local_BP >= 0) & (local_BP < V)
     z_target = jnp.take_along_axis(z_BPV, jnp.where(mine_BP, local_BP, 0)[..., None], axis=-1)[..., 0]
-    z_target_BP = lax.psum(jnp.where(mine_BP, z_target, 0), 'mp')  # one device holds the target's logit, the others add 0
+    z_target_BP = lax.psum(jnp.where(mine_BP, z_target, 0), 'mp')  # one device holds the target's logit, others add 0
     z_max_BP = lax.pmax(lax.stop_gradient(z_BPV.max(axis=-1)), 'mp')  # any shift cancels, so its gradient is zero
     total_BP = lax.psum(jnp.exp(z_BPV - z_max_BP[..., None]).sum(axis=-1), 'mp')
     return jnp.log(total_BP) + z_max_BP - z_target_BP, z_target_BP >= z_max_BP
 
 
 def row_mean_loss(nll_BP, correct_BP, mask_BP, row_weight_B) -> tuple[Array, Array]:
-    """(loss, accuracy) as EasyLM defines them: the mean over the rows of all devices of each row's mean over its targets.
+    """(loss, accuracy) as EasyLM defines them: the mean over the rows of all devices of each row's mean over its
+    targets.
 
     A row without targets contributes 0 and counts (EasyLM); a row of weight 0 is padding and does not.
     Float32 scalars, equal on every device.
     """
     targets_B = jnp.maximum(mask_BP.sum(axis=-1), 1e-10)
     rows = lax.psum(row_weight_B.sum(), ('dp', 'fsdp'))
-    mean = lambda x_BP: lax.psum(((x_BP * mask_BP).sum(axis=-1) / targets_B * row_weight_B).sum(), ('dp', 'fsdp')) / rows
+    row_mean = lambda x_BP: (x_BP * mask_BP).sum(axis=-1) / targets_B
+    mean = lambda x_BP: lax.psum((row_mean(x_BP) * row_weight_B).sum(), ('dp', 'fsdp')) / rows
     return mean(nll_BP), mean(correct_BP.astype(jnp.float32))

@@ -1,9 +1,9 @@
 """Where every array lives: the mesh, the one line per weight, and the collectives as before -> after strings.
 
 A weight's line, `w_q: Array = weight('N M/fsdp HD/mp')`, is the only place that states its shape (letters of
-model/config.py), its sharding (mesh axis behind the slash) and its initialiser; init, PartitionSpec, checkpoint names and
-the optimizer's layout derive from it.  Mesh axes: dp splits the batch; fsdp splits the batch and the storage of weights;
-mp splits heads, ffn columns, the vocabulary, and the sequence between blocks.
+model/config.py), its sharding (mesh axis behind the slash) and its initialiser; init, PartitionSpec, checkpoint names
+and the optimizer's layout derive from it.  Mesh axes: dp splits the batch; fsdp splits the batch and the storage of
+weights; mp splits heads, ffn columns, the vocabulary, and the sequence between blocks.
 
 Collectives name their axis in the same notation: `all_gather(w, 'M/fsdp HD/mp -> M HD/mp')`.  Idea: MatX's seqax.
 """
@@ -22,7 +22,8 @@ BATCH = PartitionSpec(('dp', 'fsdp'))  # of every array whose first dimension is
 
 
 class WeightSpec(NamedTuple):
-    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), and the letters of its shape.
+    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), and the letters of its
+    shape.
 
     stacked: the leading axis counts layers, so statistics of "the matrix" are per slice of it.
     """
@@ -84,7 +85,9 @@ def all_gather(x: jax.Array, rewrite: str) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
-    """'B T M -> B T/mp M': sum over the axis, each device keeping its part of T.  Its transpose is the all-gather above."""
+    """'B T M -> B T/mp M': sum over the axis, each device keeping its part of T.  Its transpose is the all-gather
+    above.
+    """
     before, after = rewrite.split(' -> ')
     dimension, axis = _changed_dimension(after, before)
     return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
@@ -96,8 +99,8 @@ def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
 def make_mesh(mesh_dim: str, devices: list | None = None) -> Mesh:
     """A mesh over ('dp', 'fsdp', 'mp') from EasyLM's grammar.
 
-    '1,4,2' positional; 'dp:1,mp:2,fsdp:4' named, all three in any order, the order being the mesh's own; one -1 takes what is
-    left; a leading '!' keeps the devices in plain order instead of the order that suits the chip's links.
+    '1,4,2' positional; 'dp:1,mp:2,fsdp:4' named, all three in any order, the order being the mesh's own; one -1 takes
+    what is left; a leading '!' keeps the devices in plain order instead of the order that suits the chip's links.
     Raises ValueError that names the device count and the factorizations that fit.
     """
     devices = jax.devices() if devices is None else devices

@@ -1,15 +1,12 @@
 """The optimizer against trajectories that EasyLM's own (optax 0.1.7) produced, and against optax where it agrees."""
 import json
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from model.partition import WeightSpec, make_mesh
+from model.partition import WeightSpec
 from training import optimizer
 from training.optimizer import AdamW
 

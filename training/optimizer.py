@@ -1,6 +1,7 @@
 """AdamW as the article ran it: one straight function on trees, float32 arithmetic on bfloat16 momentum.
 
-Two optimizers share the flags, as in EasyLM (optimizers.py) over optax 0.1.7; n = 0, 1, ... counts optimizer steps, t = n + 1:
+Two optimizers share the flags, as in EasyLM (optimizers.py) over optax 0.1.7; n = 0, 1, ... counts optimizer steps, t =
+n + 1:
 
   both        g = g * min(1, clip / |g|)        |g| over all weights          lr = schedule(n)
 
@@ -15,11 +16,12 @@ Two optimizers share the flags, as in EasyLM (optimizers.py) over optax 0.1.7; n
               m = b1 m + (1 - b1) u             the average is over updates that already hold the learning rate
               p = p - m - lr weight_decay p
 
-With bf16_momentum, m is stored rounded to bfloat16 but used unrounded; b1 is rounded to bfloat16 (0.9 -> 0.8984375) while its
-product with m is not (that is what XLA makes of optax's expression).  All weights decay, norms and embeddings too.
+With bf16_momentum, m is stored rounded to bfloat16 but used unrounded; b1 is rounded to bfloat16 (0.9 -> 0.8984375)
+while its product with m is not (that is what XLA makes of optax's expression).  All weights decay, norms and embeddings
+too.
 
-Inside shard_map a leaf is a local shard: |g| and RMS(p) sum over the mesh axes that split the leaf, and count a replicated
-leaf once.  Next: training/step.py.
+Inside shard_map a leaf is a local shard: |g| and RMS(p) sum over the mesh axes that split the leaf, and count a
+replicated leaf once.  Next: training/step.py.
 """
 import dataclasses
 import math
@@ -55,15 +57,17 @@ class AdamW:
         if not 0 <= self.b1 < 1 or not 0 < self.b2 < 1:
             raise ValueError(f'optimizer.adamw_optimizer.b1={self.b1} must lie in [0, 1) and b2={self.b2} in (0, 1)')
         if self.lr_decay_steps <= self.lr_warmup_steps or self.lr_warmup_steps < 0:
-            raise ValueError(f'optimizer.adamw_optimizer.lr_decay_steps={self.lr_decay_steps} must exceed '
-                             f'lr_warmup_steps={self.lr_warmup_steps}: the decay counts from step 0 and includes the warmup')
+            raise ValueError(f'optimizer.adamw_optimizer.lr_decay_steps={self.lr_decay_steps} must '
+                             f'exceed lr_warmup_steps={self.lr_warmup_steps}: it counts from step 0, warmup included')
         if not self.clip_gradient > 0:
             raise ValueError(f'optimizer.adamw_optimizer.clip_gradient={self.clip_gradient} must be above 0')
 
 
 @pytree
 class OptimizerState:
-    """count: optimizer steps done, int32; momentum (float32 or bfloat16) and second_moment (float32), trees like the weights."""
+    """count: optimizer steps done, int32; momentum (float32 or bfloat16) and second_moment (float32), trees like the
+    weights.
+    """
 
     count: jax.Array
     momentum: object
@@ -77,7 +81,9 @@ def init(params, hyper: AdamW) -> OptimizerState:
 
 
 def schedule(hyper: AdamW, n: jax.Array) -> jax.Array:
-    """Learning rate of optimizer step n: linear from init_lr to lr over the warmup, then a cosine to end_lr at lr_decay_steps."""
+    """Learning rate of optimizer step n: linear from init_lr to lr over the warmup, then a cosine to end_lr at
+    lr_decay_steps.
+    """
     n, warmup = f32(n), hyper.lr_warmup_steps
     rising = (hyper.init_lr - hyper.lr) * (1 - n / max(warmup, 1)) + hyper.lr
     progress = jnp.minimum(n - warmup, hyper.lr_decay_steps - warmup) / (hyper.lr_decay_steps - warmup)
@@ -87,7 +93,9 @@ def schedule(hyper: AdamW, n: jax.Array) -> jax.Array:
 
 
 def update(params, grads, state: OptimizerState, hyper: AdamW, specs):
-    """One optimizer step: (new params, new state).  All trees have the leaves of `specs`, float32 but for bf16 momentum."""
+    """One optimizer step: (new params, new state).  All trees have the leaves of `specs`, float32 but for bf16
+    momentum.
+    """
     t, lr = f32(state.count + 1), schedule(hyper, state.count)
     norm = global_norm(grads, specs)
     b1 = f32(jnp.bfloat16(hyper.b1)) if hyper.bf16_momentum else hyper.b1
@@ -107,8 +115,8 @@ def update(params, grads, state: OptimizerState, hyper: AdamW, specs):
             step = lr * (u + hyper.weight_decay * p)
         return p - step, m.astype(jnp.bfloat16 if hyper.bf16_momentum else f32), v
 
-    leaves = zip(*map(jax.tree.leaves, (params, grads, state.momentum, state.second_moment)), spec_leaves(specs), strict=True)
-    p, m, v = zip(*(leaf(*arrays) for arrays in leaves), strict=True)
+    trees = map(jax.tree.leaves, (params, grads, state.momentum, state.second_moment))
+    p, m, v = zip(*(leaf(*arrays) for arrays in zip(*trees, spec_leaves(specs), strict=True)), strict=True)
     unflatten = jax.tree.structure(params).unflatten
     return unflatten(p), OptimizerState(state.count + 1, unflatten(m), unflatten(v))
 
@@ -118,7 +126,9 @@ def spec_leaves(specs) -> list[WeightSpec]:
 
 
 def global_norm(tree, specs) -> jax.Array:
-    """sqrt of the sum of squares over all weights of all devices, each weight once; one psum per distinct set of axes."""
+    """sqrt of the sum of squares over all weights of all devices, each weight once; one psum per distinct set of
+    axes.
+    """
     by_axes: dict[tuple, list] = {}
     for x, spec in zip(jax.tree.leaves(tree), spec_leaves(specs), strict=True):
         by_axes.setdefault(spec.axes, []).append(jnp.sum(x * x))

@@ -2,10 +2,10 @@
 
 Before: model/llama.py, model/loss.py, training/optimizer.py.  After: training/loop.py.
 
-No line here reduces a gradient, because the network's own collectives do, transposed: a weight split over fsdp is all-gathered
-before use, so its gradient comes back reduce-scattered; a weight that is replicated over an axis enters the computation through
-JAX's implicit replicated -> varying cast (`lax.pcast`), whose transpose is the psum over that axis.  shard_map's
-varying-axis tracking (check_vma, on by default) refuses the program if any of them were missing.
+No line here reduces a gradient, because the network's own collectives do, transposed: a weight split over fsdp is
+all-gathered before use, so its gradient comes back reduce-scattered; a weight that is replicated over an axis enters
+the computation through JAX's implicit replicated -> varying cast (`lax.pcast`), whose transpose is the psum over that
+axis.  shard_map's varying-axis tracking (check_vma, on by default) refuses the program if any of them were missing.
 """
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from training import optimizer
 class TrainState:
     """Everything a run needs to go on: weights, optimizer state, and the mean gradient of the micro-steps so far.
 
-    micro_step: int32, micro-steps since the last update; mean_gradient: tree like the weights, or None without accumulation.
+    micro_step: int32, micro-steps since the last update; mean_gradient: tree like the weights, or None without
+    accumulation.
     """
 
     params: llama.Llama
@@ -35,10 +36,12 @@ class TrainState:
 def state_partitions(config: LlamaConfig, accumulate: int) -> TrainState:
     """The TrainState tree of PartitionSpecs: optimizer state lies where its weight lies."""
     weights, scalar = llama.partitions(config), PartitionSpec()
-    return TrainState(weights, optimizer.OptimizerState(scalar, weights, weights), scalar, weights if accumulate > 1 else None)
+    return TrainState(weights, optimizer.OptimizerState(scalar, weights, weights), scalar,
+                      weights if accumulate > 1 else None)
 
 
-def init_state(params: llama.Llama, config: LlamaConfig, hyper: optimizer.AdamW, accumulate: int, mesh: Mesh) -> TrainState:
+def init_state(params: llama.Llama, config: LlamaConfig, hyper: optimizer.AdamW, accumulate: int,
+               mesh: Mesh) -> TrainState:
     """A fresh TrainState around `params` (which it takes over: they are donated)."""
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_partitions(config, accumulate))
 
@@ -62,8 +65,8 @@ def batch_loss(params: llama.Llama, batch: Batch, config: LlamaConfig, compute: 
 def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.AdamW, accumulate: int, mesh: Mesh):
     """The jitted `(TrainState, Batch) -> (TrainState, metrics)`; the state is donated.
 
-    metrics: float32 scalars loss, accuracy, learning_rate (the schedule at the number of optimizer steps done, as EasyLM logs
-    it), gradient_norm (of this micro-step, before clipping), param_norm (after the update).
+    metrics: float32 scalars loss, accuracy, learning_rate (the schedule at the number of optimizer steps done, as
+    EasyLM logs it), gradient_norm (of this micro-step, before clipping), param_norm (after the update).
     """
     specs = llama.weight_specs(config)
 
@@ -76,17 +79,20 @@ def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Adam
             state = TrainState(params, opt, state.micro_step, None)
         else:
             state = accumulated_update(state, grads, accumulate, hyper, specs)
-        metrics = dict(loss=mean_loss, accuracy=accuracy, learning_rate=optimizer.schedule(hyper, state.optimizer.count),
-                       gradient_norm=gradient_norm, param_norm=optimizer.global_norm(state.params, specs))
+        metrics = dict(loss=mean_loss, accuracy=accuracy, gradient_norm=gradient_norm,
+                       learning_rate=optimizer.schedule(hyper, state.optimizer.count),
+                       param_norm=optimizer.global_norm(state.params, specs))
         return state, metrics
 
     state_specs = state_partitions(config, accumulate)
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(state_specs, BATCH), out_specs=(state_specs, PartitionSpec())),
-                   donate_argnums=0)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(state_specs, BATCH), out_specs=(state_specs, PartitionSpec()))
+    return jax.jit(sharded, donate_argnums=0)
 
 
 def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimizer.AdamW, specs) -> TrainState:
-    """Adds a micro-step's gradients to the running mean (Welford, as optax.MultiSteps); updates on the last of `accumulate`."""
+    """Adds a micro-step's gradients to the running mean (Welford, as optax.MultiSteps); updates on the last of
+    `accumulate`.
+    """
     mean = jax.tree.map(lambda mean, g: mean + (g - mean) / (state.micro_step + 1), state.mean_gradient, grads)
 
     def last(_):
@@ -105,4 +111,5 @@ def make_eval_step(config: LlamaConfig, compute: Compute, mesh: Mesh):
         mean_loss, accuracy = batch_loss(params, batch, config, compute)
         return dict(eval_loss=mean_loss, eval_accuracy=accuracy)
 
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(llama.partitions(config), BATCH), out_specs=PartitionSpec()))
+    in_specs = (llama.partitions(config), BATCH)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))

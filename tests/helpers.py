@@ -1,0 +1,66 @@
+"""What several tests share: running the network on a mesh, and small configurations."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from model import llama, loss
+from model.cache import init_cache
+from model.config import Compute, LlamaConfig
+from model.partition import BATCH, make_mesh
+
+# 8 query heads over 2 key/value heads: every mesh of 8 devices divides it, and mp = 8 shares each key/value head
+TINY = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
+                   num_key_value_heads=2, max_sequence_length=128)
+PLAIN = Compute()
+MESHES = ('8,1,1', '1,8,1', '1,1,8', '1,4,2', '2,2,2')
+
+
+def one_device():
+    return make_mesh('1,1,1', jax.devices()[:1])
+
+
+def on_mesh(function, config, mesh, *outputs):
+    """jit(shard_map) of `function(params, *arrays)`: arrays are split by row, outputs as given (default: by row)."""
+    specs = llama.partitions(config)
+
+    def call(params, *arrays):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=(specs, *[BATCH] * len(arrays)),
+                               out_specs=outputs[0] if outputs else BATCH)
+        return mapped(params, *arrays)
+
+    return jax.jit(call)
+
+
+def logits(params, config, tokens_BT, *, segments_BT=None, compute=PLAIN, mesh=None):
+    """z_BTV float32 of the whole network."""
+    def forward(params, tokens_BT, segments_BT):
+        h_BTM, _ = llama.hidden_states(params, tokens_BT, segments_BT, config, compute)
+        return loss.logits(params, h_BTM)
+
+    segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+    return on_mesh(forward, config, mesh or one_device(), PartitionSpec(('dp', 'fsdp'), None, 'mp'))(
+        params, tokens_BT, segments_BT)
+
+
+def greedy(params, config, prompt_BT, count, mesh=None):
+    """[B, count] greedy tokens: the prompt is written to the cache in one pass, then one token at a time."""
+    mesh = mesh or one_device()
+    mp = mesh.shape['mp']
+
+    def decode(params, prompt_BT):
+        B, T = prompt_BT.shape
+        cache = init_cache(config, B, T + count, jnp.float32, mp)
+        varying = functools.partial(jax.lax.pcast, axis_name=('dp', 'fsdp', 'mp'), to='varying')
+        cache, tokens_BT, positions_BT, out = jax.tree.map(varying, cache), prompt_BT, jnp.arange(T)[None], []
+        for step in range(count):
+            h_BTM, cache = llama.hidden_states(params, tokens_BT, None, config, Compute(), cache=cache,
+                                               positions_BT=jnp.broadcast_to(positions_BT, tokens_BT.shape))
+            z_BV = jax.lax.all_gather(loss.logits(params, h_BTM[:, -1:])[:, 0], 'mp', axis=1, tiled=True)
+            tokens_BT, positions_BT = jnp.argmax(z_BV, -1).astype(jnp.int32)[:, None], jnp.full((1, 1), T + step)
+            tokens_BT = jax.lax.pmax(tokens_BT, 'mp')  # equal on every mp device; says so to the varying-axis tracking
+            out.append(tokens_BT)
+        return jnp.concatenate(out, axis=1)
+
+    return on_mesh(decode, config, mesh)(params, prompt_BT)

@@ -1,0 +1,96 @@
+"""The loop around the step: batches in, log lines and checkpoints out.  Before: training/step.py."""
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from data.batches import Batch
+from model.partition import BATCH
+from training.metrics import MetricsWriter
+from training.step import TrainState
+
+
+class Schedule(NamedTuple):
+    """Which micro-steps do what.  Steps count from 0; save_every=0 saves only at the end (the caller does that)."""
+
+    start_step: int
+    total_steps: int
+    log_every: int
+    save_every: int
+
+
+class CompiledStep:
+    """A jitted step, compiled once for every batch shape, and told about when it happens."""
+
+    def __init__(self, jitted, describe: Callable[[str], None]):
+        self._jitted, self._describe, self.programs = jitted, describe, {}
+
+    def __call__(self, state, batch: Batch):
+        shape = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shape not in self.programs:
+            began = time.perf_counter()
+            self.programs[shape] = compiled = self._jitted.lower(state, batch).compile()
+            memory = compiled.memory_analysis()
+            gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
+            self._describe(f'compiled the step for {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens in '
+                           f'{time.perf_counter() - began:.1f} s: {gigabytes:.2f} GB a device (state and temporaries)')
+        return self.programs[shape](state, batch)
+
+
+def put(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the mesh, rows split over dp and fsdp."""
+    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+
+
+def train(state: TrainState, batches: Iterator[Batch], jitted_step, mesh: Mesh, schedule: Schedule,
+          writer: MetricsWriter, *, data_position: Callable[[], dict],
+          save: Callable[[TrainState, int], None], evaluate: Callable[[TrainState], dict] | None = None) -> TrainState:
+    """Runs micro-steps start_step..total_steps-1 and returns the last state.
+
+    `save(state, n)` is called with the number n of steps done.  `data_position()` is added to each logged row.  One
+    step is kept in flight: the host prepares batch n + 1 while the devices compute step n, and never runs further
+    ahead. Raises FloatingPointError, before anything is saved, when a logged loss or gradient norm is not finite.
+    """
+    bar = tqdm(total=schedule.total_steps, initial=schedule.start_step, desc='train', unit='step', mininterval=0.5)
+    step = CompiledStep(jitted_step, bar.write)
+    began = last_logged = time.perf_counter()
+    tokens, previous = 0, None
+    for n in range(schedule.start_step, schedule.total_steps):
+        batch = next(batches)
+        tokens += int(np.count_nonzero(batch.segments_BT))
+        position = data_position()
+        state, metrics = step(state, put(batch, mesh))
+        if previous is not None:
+            jax.block_until_ready(previous)
+        previous = metrics
+        done = n + 1
+        if n % schedule.log_every == 0 or done == schedule.total_steps:
+            row = {name: float(value) for name, value in metrics.items()}
+            now = time.perf_counter()
+            row |= dict(tokens_per_second=round(tokens / (now - last_logged), 1),
+                        seconds=round(writer.seconds_before + now - began, 3))
+            tokens, last_logged = 0, now
+            check_finite(row, n)
+            if evaluate:
+                row |= evaluate(state)
+            writer.write(n, row | position)
+            bar.set_postfix(loss=f'{row["loss"]:.4f}', accuracy=f'{row["accuracy"]:.3f}',
+                            lr=f'{row["learning_rate"]:.2g}', tok_s=f'{row["tokens_per_second"]:.0f}')
+        bar.update()
+        if schedule.save_every and done % schedule.save_every == 0 and done < schedule.total_steps:
+            check_finite({name: float(value) for name, value in metrics.items()}, n)
+            save(state, done)
+    bar.close()
+    return state
+
+
+def check_finite(row: dict, step: int) -> None:
+    bad = [name for name in ('loss', 'gradient_norm', 'param_norm') if not math.isfinite(row[name])]
+    if bad:
+        raise FloatingPointError(f'step {step}: {bad[0]}={row[bad[0]]}; nothing is saved from here on: start again '
+                                 'from the last checkpoint with a lower --optimizer.adamw_optimizer.lr')

@@ -1,0 +1,62 @@
+"""Where a run's numbers go: DIR/metrics.jsonl always, TensorBoard and Weights & Biases when asked for.
+
+One JSON object per logged step: step, loss, accuracy, learning_rate, gradient_norm, param_norm, tokens_per_second,
+seconds (since the run began, earlier parts of a resumed run included), and what the caller adds (data position,
+evaluation).
+"""
+import json
+import pathlib
+
+
+class MetricsWriter:
+    """Appends rows to `output_dir`/metrics.jsonl; rows after `resume_step` of an earlier, longer attempt are dropped
+    first.
+
+    tensorboard: also write scalars to output_dir/tensorboard (extra `tensorboard`).  wandb: keyword arguments of
+    wandb.init, or None (extra `wandb`).  Raises ValueError naming the flag when the extra is not installed.
+    """
+
+    def __init__(self, output_dir: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False,
+                 wandb: dict | None = None):
+        self.path = output_dir / 'metrics.jsonl'
+        kept = []
+        if resume_step and self.path.exists():
+            kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row['step'] < resume_step]
+        self.seconds_before = kept[-1]['seconds'] if kept else 0.0
+        self._file = open(self.path, 'w', encoding='utf-8', buffering=1)
+        self._file.writelines(json.dumps(row) + '\n' for row in kept)
+        self._tensorboard = _open_tensorboard(output_dir) if tensorboard else None
+        self._wandb = _open_wandb(wandb) if wandb is not None else None
+
+    def write(self, step: int, row: dict) -> None:
+        """Writes {'step': step} | row; values are plain numbers."""
+        self._file.write(json.dumps(dict(step=step) | row) + '\n')
+        scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        if self._tensorboard:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _open_tensorboard(output_dir: pathlib.Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("logger.tensorboard=True needs the extra: pip install -e '.[tensorboard]'") from None
+    return SummaryWriter(str(output_dir / 'tensorboard'))
+
+
+def _open_wandb(options: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("logger.online=True needs the extra: pip install -e '.[wandb]'") from None
+    return wandb.init(**options)

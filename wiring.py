@@ -1,0 +1,74 @@
+"""The flags that every program shares (flags.MODEL) -> mesh, configuration, tokenizer, prompt template, weights."""
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from checkpoint import load
+from data.prompt import PromptTemplate
+from data.tokenizer import Tokenizer, load_tokenizer
+from model import attention, llama
+from model.config import Compute, LlamaConfig, named_config
+from model.partition import make_mesh
+
+
+class Model(NamedTuple):
+    """What the shared flags say, checked against each other; nothing large is loaded yet (`load_params` does that)."""
+
+    mesh: Mesh
+    config: LlamaConfig
+    compute: Compute
+    tokenizer: Tokenizer
+    template: PromptTemplate | None  # None when the checkpoint carries none
+
+    def load_params(self, spec: str, seed: int) -> llama.Llama:
+        """The weights of `--load_checkpoint`, or random ones from the seed where it is empty."""
+        if not spec:
+            return llama.init_params(self.config, self.mesh, seed)
+        return load.load_params(spec, self.config, self.mesh)
+
+
+def open_model(flags: ConfigDict, remat: str = '') -> Model:
+    """Reads the shared flags.  Raises ValueError, naming the flag and the remedy, before anything is compiled."""
+    keep_compilations()
+    attention.check(flags.attention)
+    mesh = make_mesh(flags.mesh_dim)
+    config = named_config(flags.load_llama_config) if flags.load_llama_config else None
+    tokenizer = load_tokenizer(flags.tokenizer.vocab_file) if flags.tokenizer.vocab_file else None
+    template = None
+    if flags.load_checkpoint:
+        config = config or load.read_config(flags.load_checkpoint)
+        tokenizer = tokenizer or load.read_tokenizer(flags.load_checkpoint)
+        template = load.read_template(flags.load_checkpoint)
+    if config is None:
+        raise ValueError(f'load_checkpoint={flags.load_checkpoint!r} does not say the sizes of the model: '
+                         'give them as --load_llama_config, for example 3b')
+    if tokenizer is None:
+        raise ValueError(f'load_checkpoint={flags.load_checkpoint!r} holds no tokenizer: give one as '
+                         '--tokenizer.vocab_file')
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: ids '
+                         f'{config.vocab_size}..{tokenizer.vocab_size - 1} would have no embedding; give the '
+                         'tokenizer that belongs to the model as --tokenizer.vocab_file')
+    llama.check_divisible(config, mesh)
+    return Model(mesh, config, Compute(flags.dtype, flags.attention, remat), tokenizer, template)
+
+
+def describe(model: Model) -> str:
+    """The first line of every program's log: platform, mesh, attention, parameters."""
+    shape = ','.join(f'{axis}={size}' for axis, size in model.mesh.shape.items())
+    parameters = sum(jax.tree.leaves(jax.tree.map(lambda x: x.size, llama.abstract_params(model.config, model.mesh))))
+    devices = jax.devices()
+    return (f'platform {devices[0].platform} ({devices[0].device_kind} x {len(devices)}), mesh {shape}, '
+            f'attention {model.compute.attention}, dtype {model.compute.dtype}, {parameters:,} parameters')
+
+
+def keep_compilations() -> None:
+    """Turns on JAX's persistent compilation cache in a private directory (it holds native code: mode 0700)."""
+    cache = pathlib.Path(os.environ.get('PALLAMA_CACHE', pathlib.Path.home() / '.cache' / 'pallama')) / 'compiled'
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cache.chmod(0o700)
+    jax.config.update('jax_compilation_cache_dir', str(cache))
