@@ -1,0 +1,230 @@
+"""How well a checkpoint, or a running server, labels the reviews of a labelled set.
+
+    python evaluate.py --load_checkpoint=runs/tuned --input=rotten_tomatoes --split=test
+    python evaluate.py --load_checkpoint=runs/tuned --input=rotten_tomatoes --split=test --before=base/evaluation.json
+    python evaluate.py --url=http://127.0.0.1:5007 --input=reviews.json --method=both
+
+It prints the accuracy with its 95 % interval, the confusion matrix, misclassified reviews and what the model generates
+for a few reviews; with --before, that beside what it generated then, and how many reviews changed sides.  Everything is
+in evaluation.json in --output_dir, the confusion matrix also in confusion_matrix.png.  The prompt is the checkpoint's
+own template when it has one.
+"""
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import flags
+from checkpoint.load import read_template
+from data.labelled import Example, labelled_files, read_labelled, sample
+from data.prompt import PromptTemplate
+from data.tokenizer import load_tokenizer
+from evaluation import accuracy
+from evaluation.client import Server
+from serving.engine import Engine
+from wiring import describe, open_model
+
+PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
+
+
+class Asked(NamedTuple):
+    """Whom to ask.
+
+    loglikelihood(prefixes, texts, progress) -> [(nats, is greedy)];  generate(prompts, tokens, progress) -> [text];
+    encode(text) -> ids, or None where no tokenizer is at hand.
+    """
+
+    loglikelihood: Callable
+    generate: Callable
+    encode: Callable | None
+
+
+def main(config) -> None:
+    output = output_directory(config)
+    template = choose_template(config)
+    files = labelled_files(config.input, config.split)
+    examples = read_labelled(config.input, config.split, config.text_field, config.label_field, template.labels)
+    if config.sample_size:
+        examples = sample(examples, size=config.sample_size, seed=config.seed)
+    before = read_before(config.before, examples, template, methods(config)) if config.before else None
+    shown = ([Example(row['text'], template.labels.index(row['label'])) for row in before['samples']] if before
+             else examples[:config.samples])
+    asked = open_server(config) if config.url else open_engine(config, template, examples + shown)
+    result = evaluate(asked, examples, shown, template, methods(config), config.max_new_tokens, config.sample_tokens)
+    print_result(result, before)
+    result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+              'flags': json.loads(config.to_json()),
+              'data': [{'file': str(file), 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()} for file in files],
+              'template': template.to_dict(), 'versions': versions(), **result}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / 'evaluation.json').write_text(
+        json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
+    source = [config.url or config.load_checkpoint, Path(config.input).name, config.split, result['date'][:10]]
+    accuracy.draw_confusion(result['results'], output / 'confusion_matrix.png', ' · '.join(filter(None, source)))
+    print(f'wrote {output}/evaluation.json and {output}/confusion_matrix.png')
+
+
+# ---------------------------------------------------------------- what the flags say
+
+
+def methods(config) -> tuple[str, ...]:
+    return ('loglikelihood', 'generate') if config.method == 'both' else (config.method,)
+
+
+def output_directory(config) -> Path:
+    """Where to write; also refuses flags that cannot go together, before any work."""
+    if bool(config.url) == bool(config.load_checkpoint):
+        raise ValueError(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
+    for name, least in (('samples', 0), ('sample_tokens', 1), ('max_new_tokens', 1), ('batch_size', 1)):
+        if config[name] < least:
+            raise ValueError(f'{name}={config[name]} must be at least {least}')
+    output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
+    if (output / 'evaluation.json').exists():
+        raise ValueError(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')
+    return output
+
+
+def choose_template(config) -> PromptTemplate:
+    """The checkpoint's template; the flag `labels` may name what it says, and decides where there is none."""
+    stored = read_template(config.load_checkpoint) if config.load_checkpoint else None
+    if not config.labels:
+        return stored or PromptTemplate()
+    labels = tuple(name.strip() for name in config.labels.split(','))
+    if stored and stored.labels != labels:
+        raise ValueError(f'labels={config.labels!r}, but load_checkpoint={config.load_checkpoint!r} was trained to '
+                         f'answer {",".join(stored.labels)}: leave --labels out')
+    return stored or PromptTemplate(labels=labels)
+
+
+def read_before(path: str, examples: list[Example], template: PromptTemplate, wanted: tuple[str, ...]) -> dict:
+    """An earlier evaluation.json, which must be of exactly these reviews by one of these methods."""
+    try:
+        before = json.loads(Path(path).read_text(encoding='utf-8'))
+        reviews = [(row['text'], row['label']) for row in before['reviews']]
+        known = set(before['results']) & set(wanted)
+        unknown = {row['label'] for row in before['samples']} - set(template.labels)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'before={path!r} is no evaluation.json of evaluate.py ({error!r})') from None
+    if reviews != [(example.text, template.labels[example.label]) for example in examples] or unknown:
+        raise ValueError(f'before={path!r} evaluated {len(reviews)} other reviews than these {len(examples)}: use the '
+                         'same --input, --split, --sample_size and --seed')
+    if not known:
+        raise ValueError(f'before={path!r} has results of {", ".join(before["results"])} and none of method '
+                         f'{", ".join(wanted)}: choose --method accordingly')
+    return before
+
+
+# ---------------------------------------------------------------- whom to ask
+
+
+def open_server(config) -> Asked:
+    server = Server(config.url, config.batch_size)
+    encode = load_tokenizer(config.tokenizer.vocab_file).encode if config.tokenizer.vocab_file else None
+    return Asked(server.loglikelihood, lambda prompts, tokens, progress: server.generate(prompts, progress), encode)
+
+
+def open_engine(config, template: PromptTemplate, examples: list[Example]) -> Asked:
+    """An engine of the checkpoint with room for the longest of `examples`."""
+    model = open_model(config)
+    encode, most = model.tokenizer.encode, model.config.max_sequence_length
+    lengths = [len(encode(template.prompt(example.text))) + 1 for example in examples]  # and bos
+    answer = max(len(encode(template.answer(label))) for label in range(len(template.labels)))
+    new = max(config.max_new_tokens, config.sample_tokens, answer)
+    if max(lengths) + new > most:
+        worst = examples[lengths.index(max(lengths))].text
+        raise ValueError(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
+                         f'{most}: leave it out, or lower --sample_tokens')
+    print(f'{config.load_checkpoint}: {describe(model)}')
+    params = model.load_params(config.load_checkpoint, config.seed)
+    engine = Engine(params, model.config, model.compute, model.tokenizer, model.mesh, batch_size=config.batch_size,
+                    input_length=max(lengths), seq_length=max(lengths) + new, add_bos_token=config.add_bos_token,
+                    seed=config.seed)
+    return Asked(engine.loglikelihood, lambda prompts, tokens, progress: [
+        generation.text for generation in engine.generate(prompts, 0.0, tokens, progress)], encode)
+
+
+# ---------------------------------------------------------------- the evaluation
+
+
+def evaluate(asked: Asked, examples: list[Example], shown: list[Example], template: PromptTemplate,
+             methods: tuple[str, ...], max_new_tokens: int, sample_tokens: int) -> dict:
+    """{'results': {method: accuracy_report + speed}, 'reviews': one row per example, 'samples': generated texts}."""
+    names = [*template.labels, 'other']
+    reviews = [{'text': example.text, 'label': names[example.label]} for example in examples]
+    tokens = sum(len(asked.encode(template.prompt(example.text))) for example in examples) if asked.encode else None
+    results, often = {}, 0.5 if sys.stderr.isatty() else 10.0
+    for method in methods:
+        start = time.perf_counter()
+        with tqdm(total=len(examples), desc=method, unit='review', mininterval=often) as bar:
+            try:
+                if method == 'loglikelihood':
+                    answers = accuracy.answer_texts(template, asked.encode, examples[0].text)
+                    predictions = accuracy.score_by_loglikelihood(asked.loglikelihood, examples, template, answers,
+                                                                  bar.update)
+                else:
+                    predictions = accuracy.score_by_generation(
+                        lambda prompts, progress: asked.generate(prompts, max_new_tokens, progress), examples, template,
+                        bar.update)
+            except FloatingPointError as error:  # the engine's word for weights it cannot compute with
+                raise ValueError(f'method={method!r}: {error} (--load_checkpoint, --dtype)') from None
+        seconds = time.perf_counter() - start
+        results[method] = accuracy.accuracy_report(examples, predictions, template) | {
+            'seconds': round(seconds, 3), 'reviews_per_second': round(len(examples) / seconds, 3),
+            'prompt_tokens': tokens}
+        for row, prediction in zip(reviews, predictions, strict=True):
+            row[method] = {'prediction': names[prediction.label]}
+            if prediction.scores:
+                row[method]['log_likelihood'] = [s if math.isfinite(s) else None for s in prediction.scores]
+            else:
+                row[method]['text'] = prediction.text
+    texts = asked.generate([template.prompt(example.text) for example in shown], sample_tokens, lambda done: None)
+    samples = [{'text': example.text, 'label': names[example.label], 'generated': text}
+               for example, text in zip(shown, texts, strict=True)]
+    return {'results': results, 'reviews': reviews, 'samples': samples}
+
+
+def print_result(result: dict, before: dict | None) -> None:
+    for method, report in result['results'].items():
+        tokens = f", {report['prompt_tokens']} prompt tokens" if report['prompt_tokens'] is not None else ''
+        print(f"\n{method}: {accuracy.report_text(report)}\n{report['total']} reviews in {report['seconds']:.1f} s, "
+              f"{report['reviews_per_second']:.2f} reviews/s, compiling included{tokens}")
+        wrong = [result['reviews'][i] for i in report['misclassified']]
+        for row in wrong[:10]:
+            print(f"  {row['label']}, not {row[method]['prediction']}: {row['text']}")
+        if len(wrong) > 10:
+            print(f'  and {len(wrong) - 10} more misclassified reviews in evaluation.json')
+        if before and method in before['results']:
+            print(change_text(report, before['results'][method]))
+    if before:
+        rows = [{**row, 'before': old['generated'], 'after': row['generated']}
+                for row, old in zip(result['samples'], before['samples'], strict=True)]
+        print('\n' + accuracy.before_after_table(rows))
+    else:
+        for row in result['samples']:
+            print(f"\n{row['text']}\n  original: {row['label']}\n  generated: {row['generated']!r}")
+
+
+def change_text(report: dict, earlier: dict) -> str:
+    """How the accuracy changed, and on how many reviews."""
+    wrong, were_wrong = set(report['misclassified']), set(earlier['misclassified'])
+    return (f"before: accuracy {earlier['accuracy']:.2%}, now {report['accuracy']:.2%} "
+            f"({100 * (report['accuracy'] - earlier['accuracy']):+.2f} points); {len(were_wrong - wrong)} reviews "
+            f'became right, {len(wrong - were_wrong)} became wrong')
+
+
+def versions() -> dict[str, str]:
+    found = {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
+    return {'python': platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
+
+
+if __name__ == '__main__':
+    flags.run(main, flags.EVALUATE)

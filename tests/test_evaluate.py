@@ -1,0 +1,179 @@
+"""evaluate.py: from the command line to evaluation.json, with a fake model, a true engine, an earlier evaluation."""
+import json
+import math
+
+import jax
+import pytest
+
+import evaluate
+import flags
+import wiring
+from data.labelled import Example
+from data.prompt import PromptTemplate
+from evaluate import Asked, change_text, main
+from model.partition import make_mesh
+
+REVIEWS = [('a warm and honest film', 1), ('a waste of a fine idea', 0), ('falls apart halfway', 0), ('sparkles', 1)]
+
+
+def parse(*arguments):
+    return flags.parse(['evaluate.py', *arguments], flags.EVALUATE, '')
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / 'reviews.jsonl'
+    path.write_text(''.join(json.dumps({'text': text, 'label': label}) + '\n' for text, label in REVIEWS))
+    return path
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A server that calls every review with an `i` in it positive; fake['says'] is what it generates."""
+    state = {'says': 'Positive'}
+
+    def loglikelihood(prefixes, texts, progress):
+        progress(len(texts))
+        return [(0.0 if ('i' in prefix.split('\n')[0]) == ('Positive' in text) else -math.inf, True)
+                for prefix, text in zip(prefixes, texts, strict=True)]
+
+    def generate(prompts, tokens, progress):
+        progress(len(prompts))
+        return [state['says']] * len(prompts)
+
+    monkeypatch.setattr(evaluate, 'open_server', lambda config: Asked(loglikelihood, generate, str.split))
+    return state
+
+
+def run(reviews, output, *more):
+    main(parse('--url=http://127.0.0.1:5007', f'--input={reviews}', f'--output_dir={output}', *more))
+    return json.loads((output / 'evaluation.json').read_text())
+
+
+def test_an_evaluation_holds_its_inputs_and_every_review(fake, reviews, tmp_path, capsys):
+    """Only 'sparkles' has no i and is positive; 'falls apart halfway' has none and is negative: 2 of 4."""
+    found = run(reviews, tmp_path / 'out', '--method=both', '--samples=1')
+    by_score, by_text = found['results']['loglikelihood'], found['results']['generate']
+    assert (by_score['confusion'], by_score['misclassified']) == ([[1, 1, 0], [1, 1, 0]], [1, 3])
+    assert by_text['confusion'] == [[0, 2, 0], [0, 2, 0]]
+    assert found['reviews'][3] == {'text': 'sparkles', 'label': 'Positive',
+                                   'loglikelihood': {'prediction': 'Negative', 'log_likelihood': [0.0, None]},
+                                   'generate': {'prediction': 'Positive', 'text': 'Positive'}}
+    assert found['samples'] == [{'text': REVIEWS[0][0], 'label': 'Positive', 'generated': 'Positive'}]
+    assert found['data'][0]['file'] == str(reviews) and len(found['data'][0]['sha256']) == 64
+    assert found['flags']['url'] == 'http://127.0.0.1:5007' and found['versions']['python']
+    assert found['template'] == PromptTemplate().to_dict() and by_score['prompt_tokens'] == 23
+    assert (tmp_path / 'out' / 'confusion_matrix.png').stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert 'accuracy 50.00%  (2 of 4;' in said and 'Positive, not Negative: sparkles' in said
+    assert f'wrote {tmp_path}/out/evaluation.json' in said
+
+
+def test_an_earlier_evaluation_is_compared_review_by_review(fake, reviews, tmp_path, capsys):
+    """The samples are those of the earlier one, and the change is counted per review."""
+    fake['says'] = 'I knew\nwhen'
+    run(reviews, tmp_path / 'before', '--method=generate', '--samples=2')
+    fake['says'] = 'Positive'
+    run(reviews, tmp_path / 'after', '--method=generate', f'--before={tmp_path}/before/evaluation.json')
+    said = capsys.readouterr().out
+    assert ('before: accuracy 0.00%, now 50.00% (+50.00 points); 2 reviews became right, 0 became wrong') in said
+    assert f'| {REVIEWS[1][0]} | Negative | I knew when | Positive |' in said
+    assert said.count('| I knew when |') == 2
+
+
+def test_the_change_counts_both_directions():
+    """Reviews 1 and 2 were wrong and are right, review 3 the other way round."""
+    text = change_text({'accuracy': 0.6, 'misclassified': [0, 3]}, {'accuracy': 0.5, 'misclassified': [0, 1, 2]})
+    assert text.endswith('(+10.00 points); 2 reviews became right, 1 became wrong')
+
+
+def test_an_earlier_evaluation_of_other_reviews_is_refused(fake, reviews, tmp_path):
+    """Other data, another method, and a file that is no evaluation: each says what to do."""
+    run(reviews, tmp_path / 'before')
+    before, other = f'--before={tmp_path}/before/evaluation.json', tmp_path / 'other.jsonl'
+    other.write_text(reviews.read_text().replace('sparkles', 'sparkled'))
+    with pytest.raises(ValueError, match='evaluated 4 other reviews than these 4: use the same --input'):
+        run(other, tmp_path / 'a', before)
+    with pytest.raises(ValueError, match='has results of loglikelihood and none of method generate'):
+        run(reviews, tmp_path / 'a', before, '--method=generate')
+    with pytest.raises(ValueError, match=r'reviews.jsonl.* is no evaluation.json'):
+        run(reviews, tmp_path / 'a', f'--before={reviews}')
+    assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ((), "url='' and load_checkpoint='': name exactly one"),
+    (('--url=http://127.0.0.1:1', '--load_checkpoint=x'), 'name exactly one'),
+    (('--url=http://127.0.0.1:1', '--batch_size=0'), 'batch_size=0 must be at least 1'),
+    (('--url=http://127.0.0.1:1', '--input=nowhere'), "input='nowhere' does not exist"),
+])
+def test_flags_that_cannot_work_are_refused_first(arguments, message):
+    """Before any model is asked."""
+    with pytest.raises(ValueError, match=message):
+        main(parse(*arguments))
+
+
+def test_an_evaluation_is_not_overwritten(fake, reviews, tmp_path):
+    """A second run into the same directory is refused."""
+    run(reviews, tmp_path / 'out')
+    with pytest.raises(ValueError, match='holds an evaluation.json already: choose another --output_dir'):
+        run(reviews, tmp_path / 'out')
+
+
+def test_labels_other_than_the_checkpoints_are_refused(monkeypatch):
+    """The template comes from the checkpoint; --labels may repeat it, decides where there is none."""
+    stored = PromptTemplate(prefix='Review: ', labels=('bad', 'good'))
+    monkeypatch.setattr(evaluate, 'read_template', lambda spec: stored)
+    assert evaluate.choose_template(parse('--load_checkpoint=x')) is stored
+    assert evaluate.choose_template(parse('--load_checkpoint=x', '--labels=bad, good')) is stored
+    with pytest.raises(ValueError, match="labels='good,bad', but load_checkpoint='x' was trained to answer bad,good"):
+        evaluate.choose_template(parse('--load_checkpoint=x', '--labels=good,bad'))
+    assert evaluate.choose_template(parse('--url=u', '--labels=no,yes')) == PromptTemplate(labels=('no', 'yes'))
+
+
+def test_weights_that_give_no_number_name_the_method(fake, reviews, tmp_path):
+    """The engine's FloatingPointError becomes the caller's error."""
+    def broken(prefixes, texts, progress):
+        raise FloatingPointError('log-likelihood nan is not finite')
+    with pytest.raises(ValueError, match="method='loglikelihood': log-likelihood nan is not finite .--load_checkpoint"):
+        evaluate.evaluate(Asked(broken, None, None), [Example('a', 0)], [], PromptTemplate(), ('loglikelihood',), 1, 1)
+
+
+def engine_flags(golden, reviews, output):
+    return parse(f'--load_checkpoint=params::{golden}/easylm/streaming_params_trained',
+                 f'--load_llama_config=json::{golden}/easylm/model.json',
+                 f'--tokenizer.vocab_file={golden}/easylm/tokenizer.model', f'--input={reviews}',
+                 f'--output_dir={output}', '--samples=1', '--sample_tokens=4', '--batch_size=4')
+
+
+def test_a_true_engine_agrees_with_easylms_server(golden, tmp_path, monkeypatch):
+    """The engine gives ' Positive' after a prompt the log-likelihood that EasyLM's server gave it; evaluation.json
+    holds those of the answer as training tokenized it, without a second blank, here higher for every review."""
+    asked = [row for row in json.loads((golden / 'easylm' / 'serve.json').read_text())
+             if row['request'].get('text', [''])[0] == ' Positive'][0]
+    prompts, easylm = asked['request']['prefix_text'], asked['response']['log_likelihood']
+    texts = [prompt.removeprefix('[Text]: ').removesuffix('\n[Sentiment]:') for prompt in prompts]
+    path = tmp_path / 'reviews.jsonl'
+    path.write_text(''.join(json.dumps({'text': text, 'label': 1}) + '\n' for text in texts))
+    monkeypatch.setattr(wiring, 'keep_compilations', lambda: None)
+    monkeypatch.setattr(wiring, 'make_mesh', lambda mesh_dim: make_mesh('1,1,1', jax.devices()[:1]))
+    config = engine_flags(golden, path, tmp_path / 'out')
+    model = evaluate.open_engine(config, PromptTemplate(), [Example(text, 1) for text in texts])
+    found = model.loglikelihood(prompts, [' Positive'] * len(prompts), lambda done: None)
+    assert [score for score, _ in found] == pytest.approx(easylm, abs=2e-4)
+    monkeypatch.setattr(evaluate, 'open_engine', lambda *arguments: model)
+    main(config)
+    rows = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())['reviews']
+    scores = [row['loglikelihood']['log_likelihood'][1] for row in rows]
+    assert scores == pytest.approx([score for score, _ in model.loglikelihood(
+        prompts, ['Positive'] * len(prompts), lambda done: None)], abs=1e-5)
+    assert all(score > apart for score, apart in zip(scores, easylm, strict=True))
+
+
+def test_a_review_longer_than_the_model_is_named(golden, tmp_path, monkeypatch):
+    """Found before the weights are read."""
+    monkeypatch.setattr(wiring, 'keep_compilations', lambda: None)
+    path = tmp_path / 'reviews.jsonl'
+    path.write_text(json.dumps({'text': 'endless ' * 60, 'label': 1}) + '\n')
+    with pytest.raises(ValueError, match="review 'endless endless .* tokens, .* new ones more than the model's 128"):
+        main(engine_flags(golden, path, tmp_path / 'out'))
