@@ -1,0 +1,154 @@
+"""Serves a model over HTTP: POST /generate, POST /loglikelihood, GET /ready (serving/api.py has the formats).
+
+  python serve.py --load_checkpoint=/tmp/pallama/checkpoints --input_length=1024 --seq_length=1152
+  python serve.py --load_llama_config=3b --load_checkpoint=params::PATH --tokenizer.vocab_file=tokenizer.model
+
+Ctrl-C or SIGTERM finishes the requests that are running or waiting and ends with exit code 0; exit code 1 says that the
+engine failed, 2 that flags or files are wrong.
+"""
+import dataclasses
+import errno
+import ipaddress
+import json
+import signal
+import socket
+import time
+
+import jax
+import uvicorn
+
+import flags
+from checkpoint.load import read_tokenizer
+from data.prompt import PromptTemplate
+from serving.api import MAX_TEMPERATURE, Options, make_app
+from serving.engine import PROGRAMS, Engine, EngineThread, check_batch_size, check_lengths, check_sampling
+from wiring import Model, describe, open_model
+
+
+def main(config) -> None:
+    warm_up = programs_of(config.lm_server.pre_compile)
+    options = options_of(config.lm_server)
+    check_sampling(config.top_k, config.top_p)
+    listener = listen(config.lm_server.host, config.lm_server.port)
+    host, port = listener.getsockname()[:2]
+    if not ipaddress.ip_address(host).is_loopback:
+        options = dataclasses.replace(options, allowed_hosts=None)
+        print(f'WARNING: {host} is not a loopback address and there is no authentication: everyone who can reach '
+              f'{host}:{port} can use this model. --lm_server.host=127.0.0.1 serves this computer alone.', flush=True)
+    with listener:
+        model = open_model(config)
+        engine = load_engine(config, model)
+        started = time.monotonic()
+        thread = EngineThread(engine, config.lm_server.queue_size, warm_up)
+        server = uvicorn.Server(uvicorn.Config(make_app(thread, options), log_level='warning', access_log=False,
+                                               http='h11', lifespan='off', server_header=False, limit_concurrency=512))
+
+        def announce(warm):
+            if warm.exception() is not None:
+                server.should_exit = True
+            if not thread.ready:
+                return
+            print(f'compiled {engine.compilations} programs in {time.monotonic() - started:.1f} s\nready on '
+                  f'{url_of(host, port)}, for example\n  {curl_line(host, port, model.template)}', flush=True)
+
+        thread.warm.add_done_callback(announce)
+        # uvicorn finishes what runs, then raises the signal once more for whoever handled it before: nobody needs to
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        server.run(sockets=[listener])
+        for number, handler in before.items():
+            signal.signal(number, handler)  # from here on a second signal ends the program at once
+        thread.close()
+    if thread.failure is not None:
+        raise SystemExit(1)
+    print('stopped', flush=True)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def programs_of(pre_compile: str) -> tuple[str, ...]:
+    """--lm_server.pre_compile as names of PROGRAMS."""
+    names = PROGRAMS if pre_compile == 'all' else tuple(name.strip() for name in pre_compile.split(',') if name.strip())
+    if unknown := sorted(set(names) - set(PROGRAMS)):
+        raise ValueError(f'lm_server.{pre_compile=} names {unknown}: use a comma list of {" ".join(PROGRAMS)}; or all')
+    return names
+
+
+def options_of(lm_server) -> Options:
+    """The flags of the HTTP side, checked."""
+    if not 0 <= lm_server.default_temperature <= MAX_TEMPERATURE:
+        raise ValueError(f'lm_server.default_temperature={lm_server.default_temperature} must be from 0 (greedy) to '
+                         f'{MAX_TEMPERATURE:g}')
+    for name, least in (('max_body_bytes', 1), ('queue_size', 0)):
+        if lm_server[name] < least:
+            raise ValueError(f'lm_server.{name}={lm_server[name]} must be at least {least}')
+    return Options(default_temperature=lm_server.default_temperature, max_body_bytes=lm_server.max_body_bytes)
+
+
+# ---------------------------------------------------------------- the address
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before the weights are read.  Port 0 takes any free port.
+
+    Raises ValueError naming --lm_server.host or --lm_server.port and what to do.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f'lm_server.{port=} must be from 0 to 65535: choose another --lm_server.port')
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, UnicodeError):
+        raise ValueError(f'lm_server.{host=} is no address or known name: use --lm_server.host=127.0.0.1') from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        reasons = {
+            errno.EADDRINUSE: f'another program listens on lm_server.{port=}: choose another --lm_server.port',
+            errno.EACCES: f'lm_server.{port=} needs privileges: choose --lm_server.port of at least 1024',
+            errno.EADDRNOTAVAIL: f'lm_server.{host=} is no address of this computer: use --lm_server.host=127.0.0.1',
+        }
+        unknown = f'lm_server.{host=} lm_server.{port=}: {error}: choose another --lm_server.host or --lm_server.port'
+        raise ValueError(reasons.get(error.errno, unknown)) from None
+    return listener
+
+
+def url_of(host: str, port: int) -> str:
+    return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+
+
+def curl_line(host: str, port: int, template: PromptTemplate | None) -> str:
+    """A command to try: a prompt of the kind the model was trained on."""
+    body = json.dumps(dict(prefix_text=[(template or PromptTemplate()).prompt('a fine film')], temperature=0))
+    return f"curl {url_of(host, port)}/generate -H 'Content-Type: application/json' --data-binary '{body}'"
+
+
+# ---------------------------------------------------------------- the model
+
+
+def load_engine(config, model: Model) -> Engine:
+    """Checks what the engine needs, loads the weights, and says what was loaded."""
+    spec, path = config.load_checkpoint, config.tokenizer.vocab_file
+    if not spec:
+        raise ValueError('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
+    own = read_tokenizer(spec)
+    if own is not None and own.fingerprint != model.tokenizer.fingerprint:
+        raise ValueError(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
+                         'with and holds: leave --tokenizer.vocab_file away')
+    check_lengths(config.input_length, config.seq_length, model.config)
+    check_batch_size(config.lm_server.batch_size, model.mesh)
+    print(f'{describe(model)}\n{model.config}', flush=True)
+    started = time.monotonic()
+    params = jax.block_until_ready(model.load_params(spec, config.seed))
+    print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
+    return Engine(params, model.config, model.compute, model.tokenizer, model.mesh,
+                  batch_size=config.lm_server.batch_size, input_length=config.input_length,
+                  seq_length=config.seq_length, top_k=config.top_k, top_p=config.top_p,
+                  do_sample=config.do_sample, add_bos_token=model.add_bos_token, seed=config.seed)
+
+
+if __name__ == '__main__':
+    flags.run(main, flags.SERVE)

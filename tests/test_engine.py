@@ -1,0 +1,270 @@
+"""Claims about serving/engine.py: answers of EasyLM's server (August 2023), and what must not change an answer.
+
+All engines serve the model that EasyLM's 40-step run saved.  Programs are few and compiled without most optimizations,
+so that the file runs in seconds.
+"""
+import copy
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoint.load import load_params
+from data.tokenizer import load_tokenizer
+from model.config import Compute, LlamaConfig, config_from_dict
+from model.partition import make_mesh
+from serving import engine as engine_file
+from serving.engine import Engine, RequestError, bucket
+
+PROMPTS = ['[Text]: the plot is thin .\n[Sentiment]:', 'a', 'the film', 'one two', '', 'it wastes a fine idea .']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+    """Few buckets and little optimization, for this file alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_file, 'SMALLEST_PROMPT', 64)
+        jax.config.update('jax_disable_most_optimizations', True)
+        yield
+        jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def tokenizer(golden):
+    return load_tokenizer(golden / 'easylm' / 'tokenizer.model')
+
+
+@pytest.fixture(scope='module')
+def make(golden, tokenizer):
+    """Engine of EasyLM's model with other values of the arguments."""
+    folder = golden / 'easylm'
+    config = config_from_dict(json.loads((folder / 'model.json').read_text()), 'model.json')
+
+    def build(mesh_dim='1,1,1', tokenizer=tokenizer, **values):
+        mesh = make_mesh(mesh_dim, jax.devices()[:np.prod([int(n) for n in mesh_dim.split(',')])])
+        params = load_params(f'params::{folder}/streaming_params_trained', config, mesh)
+        values = dict(batch_size=4, input_length=64, seq_length=128) | values
+        return Engine(params, config, Compute(), tokenizer, mesh, **values)
+
+    return build
+
+
+@pytest.fixture(scope='module')
+def engine(make, quick_compilation):
+    """The engine most tests ask, warmed up: prefill[64], grow[64, 128], decode[128], score[64], score[128]."""
+    engine = make()
+    list(engine.warm_up())
+    assert engine.compilations == 5
+    return engine
+
+
+@pytest.fixture(scope='module')
+def cases(golden):
+    """Requests to EasyLM's server with its answers, by endpoint."""
+    cases = json.loads((golden / 'easylm' / 'serve.json').read_text())
+    return {path: [case for case in cases if case['path'] == path] for path in ('/generate', '/loglikelihood')}
+
+
+def tokens(engine, temperature, prompts=PROMPTS, count=12):
+    """The tokens of each answer, as if they were the engine's first."""
+    engine._requests = 0
+    return [answer.token_ids for answer in engine.generate(prompts, temperature, count)]
+
+
+# ---------------------------------------------------------------- EasyLM's answers
+
+
+def test_generate_equals_easylm(engine, cases):
+    """Temperature 0: EasyLM's texts, to the letter, and each ended by EOS."""
+    for case in cases['/generate']:
+        answers = engine.generate(case['request']['prefix_text'], 0.0)
+        assert [answer.text for answer in answers] == case['response']['output_text']
+        assert {answer.finish_reason for answer in answers} == {'stop'}
+
+
+def test_loglikelihood_equals_easylm(engine, cases):
+    """Within 1e-3 nats of EasyLM's, and the same is_greedy.
+
+    Without a prefix EasyLM predicts the first token from a padding token behind bos, we from bos: 0.004 of 153 nats.
+    """
+    for case in cases['/loglikelihood']:
+        texts, expected = case['request']['text'], case['response']
+        prefixes = case['request'].get('prefix_text')
+        scores, greedy = zip(*engine.loglikelihood(prefixes or [''] * len(texts), texts), strict=True)
+        np.testing.assert_allclose(scores, expected['log_likelihood'], atol=1e-3 if prefixes else 5e-3, rtol=0)
+        assert list(greedy) == expected['is_greedy']
+
+
+def test_decoding_equals_the_forward_pass(engine, cases):
+    """Each token of a greedy answer, EOS included, is the argmax of a forward without cache; a changed one is not."""
+    prompts = cases['/generate'][0]['request']['prefix_text']
+    answers = [answer.token_ids + [engine.tokenizer.eos_token_id] for answer in engine.generate(prompts, 0.0)]
+    pairs = [(engine._encode_prompt(prompt, 0)[0], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    assert engine._score_batch(pairs)[1][:3].tolist() == [True] * 3
+    changed = [(prompt, answer[:-2] + [7, answer[-1]]) for prompt, answer in pairs]
+    assert engine._score_batch(changed)[1][:3].tolist() == [False] * 3
+
+
+def test_no_step_runs_after_the_last_row_stopped(engine, cases, monkeypatch):
+    """EasyLM's three answers have 10, 6 and 6 tokens: with EOS 11 choices, or 7 without the first, of 64 allowed."""
+    steps, run = [], engine._run
+
+    def spy(name, *arguments, static=None):
+        state = run(name, *arguments, static=static)
+        steps.append((name, int(state.step)))
+        return state
+
+    monkeypatch.setattr(engine, '_run', spy)
+    prompts = cases['/generate'][0]['request']['prefix_text']
+    assert [len(answer.token_ids) for answer in engine.generate(prompts, 0.0)] == [10, 6, 6]
+    engine.generate(prompts[1:], 0.0)
+    assert steps == [('prefill', 1), ('grow', 1), ('decode', 11), ('prefill', 1), ('grow', 1), ('decode', 7)]
+
+
+# ---------------------------------------------------------------- what must not change an answer
+
+
+def test_batch_and_mesh_change_no_answer(engine, make):
+    """Six prompts by fours, alone, and on dp=2, fsdp=2, mp=2: the same tokens, greedy and sampled; the same scores."""
+    alone, sharded = make(batch_size=1), make('2,2,2')
+    for temperature in (0.0, 1.0):
+        expected = tokens(engine, temperature)
+        assert tokens(alone, temperature) == tokens(sharded, temperature) == expected
+        assert len({tuple(ids) for ids in expected}) == len(PROMPTS)
+    scores = [engine.loglikelihood(PROMPTS, ['fine'] * 6) for engine in (engine, sharded)]
+    np.testing.assert_allclose(*(np.array(score)[:, 0] for score in scores), rtol=1e-5)
+
+
+def test_a_growing_cache_changes_no_answer_and_unknown_ids_are_never_chosen(make, tokenizer, monkeypatch):
+    """Caches of 16, 32 and 48 slots give the tokens that 16 and 48 give.  The tokenizer is made to know 600 of the 640
+    ids and an EOS that never comes: no answer has another id, though the model likes 601, 605 and 607."""
+    few = copy.copy(tokenizer)
+    few.vocab_size, few.eos_token_id = 600, 3
+    monkeypatch.setattr(engine_file, 'SMALLEST_PROMPT', 16)
+    engine = make(tokenizer=few, input_length=16, seq_length=48)
+    expected = tokens(engine, 0.0, count=32)
+    monkeypatch.setattr(engine_file, 'SMALLEST_CACHE', 20)
+    assert tokens(engine, 0.0, count=32) == expected
+    assert [key[:2] for key in engine._programs] == [
+        ('prefill', None), ('grow', 48), ('decode', None), ('grow', 32), ('decode', None), ('grow', 48)]
+    assert {len(ids) for ids in expected} == {32} and max(map(max, expected)) < 600
+
+
+def test_sampling_repeats_from_the_start_and_not_from_request_to_request(engine):
+    """The same prompts give the same answers again, in one request or in two; the same prompt twice gives two."""
+    first = tokens(engine, 1.0, ['a'] * 4)
+    assert len({tuple(ids) for ids in first}) == 4
+    assert tokens(engine, 1.0, ['a']) + [engine.generate(['a'], 1.0, 12)[0].token_ids] == first[:2]
+
+
+def test_do_sample_false_is_greedy(engine, monkeypatch):
+    """The flag overrules the request's temperature."""
+    expected = tokens(engine, 0.0)
+    monkeypatch.setattr(engine, 'do_sample', False)
+    assert tokens(engine, 5.0) == expected
+
+
+# ---------------------------------------------------------------- programs
+
+
+def test_buckets_are_powers_of_two_up_to_the_limit():
+    """The smallest bucket that holds the length; the limit itself is the last one."""
+    assert [bucket(n, 100, 16) for n in (1, 16, 17, 32, 33, 64, 65, 100)] == [16, 16, 32, 32, 64, 64, 100, 100]
+    assert bucket(1, 10, 16) == 10
+
+
+def test_after_warming_up_nothing_compiles(engine):
+    """Every prompt length, budget and temperature finds its programs ready."""
+    before = engine.compilations
+    for words in (0, 1, 10, 60):
+        engine.generate(['a ' * words] * 5, words / 60, words + 1)
+        engine.loglikelihood(['a ' * words], ['fine'])
+    assert engine.compilations == before > 0
+
+
+def test_the_second_request_of_a_shape_compiles_nothing(engine):
+    """A text longer than those warmed up compiles one program, once."""
+    before = engine.compilations
+    engine.loglikelihood([''], ['a ' * 50])
+    assert engine.compilations == before + 1
+    engine.loglikelihood(['the film', 'a'], ['a ' * 45, 'a'])
+    assert engine.compilations == before + 1
+
+
+# ---------------------------------------------------------------- edges
+
+
+def test_a_long_prompt_loses_its_beginning_and_says_so(engine, tokenizer):
+    """bos stays first and the end of the prompt stays whole; a prompt that just fits is not touched."""
+    ids = tokenizer.encode(PROMPTS[0] * 5)
+    assert engine._encode_prompt(PROMPTS[0] * 5, 0) == ([tokenizer.bos_token_id, *ids[-63:]], True)
+    answers = engine.generate(['the ' * 62, 'the ' * 80], 0.0, 1)
+    assert [(answer.prompt_tokens, answer.truncated) for answer in answers] == [(64, False), (64, True)]
+
+
+def test_the_budget_ends_an_answer(engine):
+    """max_new_tokens is exact, 'length' is the reason, and what is out of range is the client's mistake."""
+    for budget in (1, 2, 3):
+        answers = engine.generate([PROMPTS[0]] * 2, 0.0, budget)
+        assert [(len(answer.token_ids), answer.finish_reason) for answer in answers] == [(budget, 'length')] * 2
+    for budget in (0, -1, 65):
+        with pytest.raises(RequestError, match='must be from 1 to 64'):
+            engine.generate(['a'], 0.0, budget)
+
+
+def test_a_pair_is_scored_whole_or_refused(engine, tokenizer):
+    """seq_length + 1 tokens with bos can be scored (the last is never read), one more is refused with counts."""
+    text = 'the ' * 127
+    assert len(tokenizer.encode(text)) == 128 and len(engine._encode_pair('', text, 0)[1]) == 128
+    with pytest.raises(RequestError, match=r'text\[1\] have 2 \(with bos\) and 128 tokens: at most 129 together'):
+        engine.loglikelihood(['', 'a'], ['a', text])
+
+
+def test_without_bos_an_empty_prompt_is_refused(engine, monkeypatch):
+    """There is nothing to condition on; with bos there is."""
+    monkeypatch.setattr(engine, '_bos', [])
+    for call in (lambda: engine.generate(['a', ''], 0.0), lambda: engine.loglikelihood(['a', ''], ['b', 'c'])):
+        with pytest.raises(RequestError, match=r'prefix_text\[1\] is empty'):
+            call()
+
+
+def test_weights_that_are_not_finite_are_reported(engine, monkeypatch):
+    """NaN becomes neither a token nor a score."""
+    monkeypatch.setattr(engine, '_params', jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), engine._params))
+    with pytest.raises(FloatingPointError, match='logits are not finite'):
+        engine.generate(['a'], 0.0)
+    with pytest.raises(FloatingPointError, match='log-likelihood nan'):
+        engine.loglikelihood(['a'], ['b'])
+
+
+def test_progress_counts_every_prompt_once(engine):
+    """Dummy rows are not counted."""
+    seen = []
+    engine.generate(['a'] * 6, 0.0, 1, seen.append)
+    engine.loglikelihood(['a'] * 5, ['b'] * 5, seen.append)
+    assert seen == [4, 2, 4, 1]
+
+
+@pytest.mark.parametrize('values, message', [
+    (dict(input_length=16, seq_length=16), 'input_length=16 must be at least 2 and less than seq_length=16'),
+    (dict(input_length=1), 'input_length=1 must be'),
+    (dict(seq_length=129), 'seq_length=129 is more than the model was made for, config.max_sequence_length=128'),
+    (dict(batch_size=0), 'batch_size=0 must be a multiple of dp.fsdp=1'),
+    (dict(mesh_dim='1,2,1', batch_size=3), 'batch_size=3 must be a multiple of dp.fsdp=2.*--lm_server.batch_size'),
+    (dict(top_k=-1), 'top_k=-1 must be at least 0'),
+    (dict(top_p=0.0), 'top_p=0.0 must be above 0'),
+    (dict(top_p=1.5), 'top_p=1.5 must be above 0 and at most 1'),
+])
+def test_flags_that_cannot_go_together_are_refused(make, values, message):
+    """Before anything is compiled, with the value and the flag."""
+    with pytest.raises(ValueError, match=message):
+        make(**values)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
+    """Its last ids would have no embedding."""
+    with pytest.raises(ValueError, match='the tokenizer has 640 tokens, the model only config.vocab_size=600'):
+        Engine(engine._params, LlamaConfig(600, 64, 160, 2, 4, max_sequence_length=128), Compute(), tokenizer,
+               engine.mesh, batch_size=1, input_length=64, seq_length=128)

@@ -1,0 +1,63 @@
+"""The house as it is meant to stand: imports go one way, and what the README says of the tree is true."""
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+ROOMS = {  # room -> the rooms it may import from; entry points may import everything
+    'kernels': set(),
+    'data': set(),
+    'model': {'kernels'},
+    'checkpoint': {'model', 'data'},
+    'evaluation': {'data'},
+    'serving': {'model', 'data'},
+    'training': {'model', 'data'},
+    'configs': set(),
+}
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).glob('*.py') if path.stem != '__init__')
+ENTRY_POINTS = {path.stem for path in ROOT.glob('*.py')}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """The first names of everything that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f'{path}: relative import'
+            names.add(node.module.split('.')[0])
+    return names
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: f'{path.parent.name}/{path.name}')
+def test_imports_go_one_way(path):
+    """A room imports itself and the rooms below it, never a program; data and evaluation do without JAX."""
+    room, names = path.parent.name, imported(path)
+    assert names & (set(ROOMS) | ENTRY_POINTS) <= ROOMS[room] | {room}
+    assert room not in ('data', 'evaluation') or 'jax' not in names
+    assert path != ROOT / 'training/optimizer.py' or 'llama' not in path.read_text().replace('llama.py', '')
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('**/*.py')), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles_or_evaluates_strings(path):
+    if {'.venv', 'tests'} & set(path.relative_to(ROOT).parts):
+        pytest.skip('not the product')
+    tree = ast.parse(path.read_text())
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not imported(path) & {'pickle', 'cloudpickle', 'dill', 'shelve', 'marshal'} and not calls & {'eval', 'exec'}
+
+
+def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():
+    """Every path in the README's file tree exists, and every source file is in it."""
+    text = (ROOT / 'README.md').read_text()
+    tree = re.search(r'## The house\n.*?```\n(.*?)```', text, re.DOTALL).group(1)
+    named = set()
+    for line in tree.splitlines():
+        folder, files = re.match(r'(\S+/)?\s*(.*?)(?:  #.*)?$', line).groups()
+        named |= {(folder or '') + file for file in files.split() if re.fullmatch(r'[\w.]+', file)}
+    missing = {name for name in named if not (ROOT / name).exists()}
+    sources = {f'{path.parent.name}/{path.name}' for path in SOURCES} | {path.name for path in ROOT.glob('*.py')}
+    assert not missing and not sources - named, (missing, sources - named)
