@@ -194,11 +194,6 @@ ASSETS = {
 }
 
 
-def cache_directory() -> Path:
-    """The directory of the environment variable PALLAMA_CACHE, else ~/.cache/pallama."""
-    return Path(os.environ.get('PALLAMA_CACHE') or '~/.cache/pallama').expanduser()
-
-
 def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) -> Path:
     """The directory of the asset `name` in the cache, fetched when it is not there.
 
@@ -208,7 +203,7 @@ def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) 
     """
     if name not in ASSETS:
         raise ValueError(f'{name=} is no asset; there are {", ".join(ASSETS)}')
-    cache = Path(cache_dir) if cache_dir else cache_directory()
+    cache = Path(cache_dir) if cache_dir else flags.cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     directory, partial, asset = cache / name, cache / f'{name}.partial', ASSETS[name]
     with open(cache / f'.{name}.lock', 'w') as lock:
@@ -384,7 +379,7 @@ def _from_hub(name: str, source: Hub, partial: Path) -> dict:
 
 
 def main(config) -> None:
-    cache = Path(config.cache_dir) if config.cache_dir else cache_directory()
+    cache = Path(config.cache_dir) if config.cache_dir else flags.cache_directory()
     if config.list or not config.name:
         for name, asset in ASSETS.items():
             state = 'fetched' if (cache / name).exists() else 'not fetched'

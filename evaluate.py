@@ -146,8 +146,8 @@ def open_engine(config, template: PromptTemplate, examples: list[Example]) -> As
     print(f'{config.load_checkpoint}: {describe(model)}')
     params = model.load_params(config.load_checkpoint, config.seed)
     engine = Engine(params, model.config, model.compute, model.tokenizer, model.mesh, batch_size=config.batch_size,
-                    input_length=max(lengths), seq_length=max(lengths) + new, add_bos_token=config.add_bos_token,
-                    seed=config.seed)
+                    input_length=max(lengths), seq_length=max(lengths) + new, add_bos_token=model.add_bos_token,
+                    seed=config.seed, score_buckets=4)
     return Asked(engine.loglikelihood, lambda prompts, tokens, progress: [
         generation.text for generation in engine.generate(prompts, 0.0, tokens, progress)], encode)
 

@@ -10,8 +10,10 @@ the command line wins over the recipe, the recipe over the table.
 import difflib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
@@ -19,12 +21,19 @@ from ml_collections import ConfigDict
 
 
 class Flag(NamedTuple):
-    """One flag.  Its type is that of `default` (bool, int, float or str); `choices` restricts a str."""
+    """One flag.  Its type is that of `default` (bool, int, float or str), or `kind` where the default is None (the
+    program fills it in); `choices` restricts a str.
+    """
 
     name: str
     default: Any
     help: str
     choices: tuple[str, ...] | None = None
+    kind: type | None = None
+
+    @property
+    def type(self) -> type:
+        return self.kind or type(self.default)
 
 
 COMMON = (
@@ -75,6 +84,9 @@ MODEL = (  # common to every program that runs the network
 )
 
 
+ADD_BOS_TOKEN = Flag('add_bos_token', None, 'begin each prompt with the bos token; not given: as the checkpoint was '
+                     'trained, True where it does not say', kind=bool)
+
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
     Flag('labels', '', "names of the labels 0, 1, ..; empty for the checkpoint's own, else Negative,Positive"),
     Flag('sample_size', 0, 'reviews to evaluate, drawn with `seed`, each label in proportion; 0 for all'),
@@ -87,7 +99,7 @@ EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'spl
     Flag('sample_tokens', 48, 'most tokens generated for such a sample (a server decides by itself)'),
     Flag('max_new_tokens', 8, 'most tokens of an answer, method=generate (a server decides by itself)'),
     Flag('batch_size', 16, 'rows in a batch of the engine, or texts in a request to the server'),
-    Flag('add_bos_token', True, 'begin each prompt with the bos token'),
+    ADD_BOS_TOKEN,
 )
 
 
@@ -158,7 +170,7 @@ SERVE = MODEL + (
     Flag('top_k', 50, 'sample among the k likeliest tokens; 0 for all'),
     Flag('top_p', 1.0, 'sample among the likeliest tokens whose probabilities sum to top_p (after top_k)'),
     Flag('do_sample', True, 'False makes every answer greedy, whatever its temperature'),
-    Flag('add_bos_token', True, 'begin every prompt with the bos token'),
+    ADD_BOS_TOKEN,
     Flag('lm_server.host', '127.0.0.1', 'address to listen on (not 0.0.0.0 as EasyLM had it: there is no '
          'authentication, so everyone on the network would be let in)'),
     Flag('lm_server.port', 5007, 'port to listen on; 0 for any free one'),
@@ -172,6 +184,11 @@ SERVE = MODEL + (
 
 
 # ---------------------------------------------------------------- reading them
+
+
+def cache_directory() -> Path:
+    """Where fetched assets and compiled programs stay: environment variable PALLAMA_CACHE, else ~/.cache/pallama."""
+    return Path(os.environ.get('PALLAMA_CACHE') or '~/.cache/pallama').expanduser()
 
 
 def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
@@ -211,8 +228,8 @@ def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
 def run(main, table: tuple[Flag, ...]) -> None:
     """The body of every program's `if __name__ == '__main__'`: parse, call `main(config)`, exit.
 
-    Exit code 0 when main returns, 2 after a caller's mistake (one line on standard error), 130 after Ctrl-C.  Other
-    exceptions are faults of ours and keep their traceback.
+    Exit code 0 when main returns, 2 after a caller's mistake (one line on standard error), 1 after numbers that are not
+    finite, 130 after Ctrl-C.  Other exceptions are faults of ours and keep their traceback.
     """
     program = sys.argv[0].rsplit('/', 1)[-1]
     try:
@@ -222,6 +239,9 @@ def run(main, table: tuple[Flag, ...]) -> None:
             traceback.print_exc()
         print(f'{program}: {" ".join(str(error).split())}', file=sys.stderr)
         raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f'{program}: {error}', file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f'{program}: interrupted', file=sys.stderr)
         raise SystemExit(130) from None
@@ -231,7 +251,7 @@ def help_text(table: tuple[Flag, ...]) -> str:
     """The table as `--help` shows it: one flag a paragraph, with type, default and choices."""
     lines = []
     for flag in table:
-        kind = '|'.join(flag.choices) if flag.choices else type(flag.default).__name__
+        kind = '|'.join(flag.choices) if flag.choices else flag.type.__name__
         lines.append(f'  --{flag.name}={kind}  (default {flag.default!r})\n      {flag.help}')
     return '\n'.join(lines)
 
@@ -244,7 +264,7 @@ def _absl_flags(table) -> absl_flags.FlagValues:
             absl_flags.DEFINE_enum(enum_values=list(flag.choices), **common)
         else:
             define = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float,
-                      str: absl_flags.DEFINE_string}[type(flag.default)]
+                      str: absl_flags.DEFINE_string}[flag.type]
             define(**common)
     return values
 
@@ -258,7 +278,7 @@ def _apply_recipe(values: absl_flags.FlagValues, table, path: str) -> None:
     spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):
         raise ValueError(f'config={path!r} defines no get_config()')
-    types = {flag.name: type(flag.default) for flag in table}
+    types = {flag.name: flag.type for flag in table}
     for name, default in module.get_config().items():
         if name not in types:
             close = difflib.get_close_matches(name, types, n=1)

@@ -31,6 +31,10 @@ def main(config) -> None:
     check_batch(config, model)
     batches = open_batches(config.train_dataset, 'train_dataset', model.tokenizer, config.seed)
     total_steps = config.total_steps or config.epochs * epoch_length(batches)
+    if resume_step >= total_steps:
+        print(f'{output_dir} holds the whole run already: {resume_step} steps')
+        return
+    check_resumable(output_dir, resume_step)
     hyper = read_hyperparameters(config.optimizer, total_steps)
     accumulate = config.optimizer.accumulate_gradient_steps
     template = template_of(config.train_dataset.json_dataset.path) or model.template
@@ -54,7 +58,8 @@ def main(config) -> None:
         arrays = load.by_name(state.params, model.config, 'params')
         if config.checkpointer.save_optimizer_state:
             arrays |= state_by_name(state, model.config)
-        meta, files = load.describe(model.config, model.tokenizer, template)
+        meta, files = load.describe(model.config, model.tokenizer, template,
+                                    config.train_dataset.text_processor.add_bos_token)
         meta |= dict(data=batches.state(), flags=config.to_dict())
         path = native.save(output_dir, done, arrays, meta, files, keep=config.checkpointer.keep)
         print(f'\nsaved {path}', flush=True)
@@ -141,19 +146,20 @@ def evaluation(config, model: wiring.Model):
 
 
 def find_resume_step(config, output_dir: pathlib.Path) -> int:
-    """The step to continue from, 0 for a fresh run.  Refuses to mix two runs in one directory, and to resume without
-    state.
-    """
+    """The step to continue from, 0 for a fresh run.  Refuses to mix two runs in one directory."""
     latest = native.latest_step(output_dir) if output_dir.exists() else None
     if latest is None:
         return 0
     if not config.resume:
         raise ValueError(f'logger.output_dir={str(output_dir)!r} holds a run already (step {latest}): continue it with '
                          '--resume=True, or choose another directory')
-    if 'optimizer.count' not in native.read_manifest(output_dir, latest)['arrays']:
+    return latest
+
+
+def check_resumable(output_dir: pathlib.Path, latest: int) -> None:
+    if latest and 'optimizer.count' not in native.read_manifest(output_dir, latest)['arrays']:
         raise ValueError(f'{native.step_directory(output_dir, latest)} holds no optimizer state, so the run cannot be '
                          'resumed: train with --checkpointer.save_optimizer_state=True')
-    return latest
 
 
 def state_by_name(state: step.TrainState, model_config) -> dict:

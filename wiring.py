@@ -1,6 +1,4 @@
 """The flags that every program shares (flags.MODEL) -> mesh, configuration, tokenizer, prompt template, weights."""
-import os
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -10,6 +8,7 @@ from ml_collections import ConfigDict
 from checkpoint import load
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer
+from flags import cache_directory
 from model import attention, llama
 from model.config import Compute, LlamaConfig, named_config
 from model.partition import make_mesh
@@ -23,6 +22,7 @@ class Model(NamedTuple):
     compute: Compute
     tokenizer: Tokenizer
     template: PromptTemplate | None  # None when the checkpoint carries none
+    add_bos_token: bool  # whether a prompt begins with bos
 
     def load_params(self, spec: str, seed: int) -> llama.Llama:
         """The weights of `--load_checkpoint`, or random ones from the seed where it is empty."""
@@ -54,7 +54,17 @@ def open_model(flags: ConfigDict, remat: str = '') -> Model:
                          f'{config.vocab_size}..{tokenizer.vocab_size - 1} would have no embedding; give the '
                          'tokenizer that belongs to the model as --tokenizer.vocab_file')
     llama.check_divisible(config, mesh)
-    return Model(mesh, config, Compute(flags.dtype, flags.attention, remat), tokenizer, template)
+    return Model(mesh, config, Compute(flags.dtype, flags.attention, remat), tokenizer, template, choose_bos(flags))
+
+
+def choose_bos(flags: ConfigDict) -> bool:
+    """--add_bos_token, which must not contradict the checkpoint; else what that says; else True (as EasyLM)."""
+    given = flags.get('add_bos_token')
+    trained = load.read_add_bos_token(flags.load_checkpoint) if flags.load_checkpoint else None
+    if None not in (given, trained) and given != trained:
+        raise ValueError(f'add_bos_token={given}, but load_checkpoint={flags.load_checkpoint!r} was trained with '
+                         f'{trained}: leave --add_bos_token out')
+    return next((value for value in (given, trained) if value is not None), True)
 
 
 def describe(model: Model) -> str:
@@ -68,7 +78,7 @@ def describe(model: Model) -> str:
 
 def keep_compilations() -> None:
     """Turns on JAX's persistent compilation cache in a private directory (it holds native code: mode 0700)."""
-    cache = pathlib.Path(os.environ.get('PALLAMA_CACHE', pathlib.Path.home() / '.cache' / 'pallama')) / 'compiled'
+    cache = cache_directory() / 'compiled'
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     cache.chmod(0o700)
     jax.config.update('jax_compilation_cache_dir', str(cache))

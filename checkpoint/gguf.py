@@ -151,6 +151,11 @@ class Reader:
         if value != supported:
             raise ValueError(f'{self.path}: {key}={value!r} is not supported; supported: {supported!r}')
 
+    @property
+    def add_bos_token(self) -> bool | None:
+        """Whether the model was trained on texts that begin with bos; None if the file does not say."""
+        return self._metadata.get('tokenizer.ggml.add_bos_token')
+
     def tokenizer_json(self) -> tuple[str, int, int, int]:
         """(tokenizer.json text of the tokenizers library, bos id, eos id, pad id) rebuilt from the metadata.
 

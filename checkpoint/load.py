@@ -69,9 +69,19 @@ def read_template(spec: str) -> PromptTemplate | None:
     return PromptTemplate.from_dict(values, source=spec)
 
 
-def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptTemplate | None) -> tuple[dict, dict]:
-    """(meta, files) for native.save, such that the read_ functions above give config, tokenizer and template back."""
-    meta = dict(model=config_to_dict(config), template=template.to_dict() if template else None, tokenizer=None)
+def read_add_bos_token(spec: str) -> bool | None:
+    """Whether the weights were trained on texts that begin with bos; None if nothing says so."""
+    kind, _ = split_spec(spec)
+    if kind == 'gguf':
+        return _open(spec, None).add_bos_token
+    return _meta(spec, 'add_bos_token', None) if kind == 'native' else None
+
+
+def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptTemplate | None,
+             add_bos_token: bool | None = None) -> tuple[dict, dict]:
+    """(meta, files) for native.save, such that the read_ functions above give them back."""
+    meta = dict(model=config_to_dict(config), template=template.to_dict() if template else None, tokenizer=None,
+                add_bos_token=add_bos_token)
     if tokenizer is None:
         return meta, {}
     meta['tokenizer'] = dict(file_name=tokenizer.file_name, fingerprint=tokenizer.fingerprint,

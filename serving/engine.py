@@ -7,7 +7,7 @@ padded on the right to a length bucket, 16 32 64 128 ..., so programs are few an
   grow[S, 2S]  a longer cache: it starts at twice the prompt's bucket and doubles only for a batch that needs more
   decode[S]    token after token in one lax.while_loop on the device, until every row has stopped, or the budget or the
                cache is used up: no step runs for a batch that has stopped
-  score[T, P]  log-likelihood of the at most P tokens that end a row of at most T; the head at those tokens only
+  score[T, P]  log-likelihoods of at most P tokens after places of a row of at most T; the head at those places only
 
 Each is one `jax.shard_map` over ('dp', 'fsdp', 'mp'): rows split over dp and fsdp, heads and vocabulary over mp.  They
 are compiled ahead of use and kept (`compilations` counts them): a shape seen before, or warmed up, never waits again.
@@ -36,7 +36,7 @@ from model.loss import logits, token_cross_entropy
 from model.partition import BATCH, all_gather, pytree
 from serving.sampling import choose, row_keys
 
-SMALLEST_PROMPT, SMALLEST_TEXT, SMALLEST_CACHE = 16, 16, 64  # buckets, in tokens
+SMALLEST_PROMPT, SMALLEST_TEXT, SMALLEST_CACHE = 16, 4, 64  # buckets, in tokens
 PROGRAMS = ('generate', 'loglikelihood')  # what `warm_up` can compile, by the names of the endpoints
 
 
@@ -80,12 +80,46 @@ class State:
     running: jax.Array
 
 
-def bucket(length: int, limit: int, smallest: int) -> int:
-    """The smallest of `smallest` * 2^n, or `limit` itself, that holds `length` <= limit."""
+class ScoreRow(NamedTuple):
+    """One row to score: its tokens; the positions whose next token is asked for, and that token; whose question it is.
+
+    spans: (pair, its slice of positions and targets).
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    targets: list[int]
+    spans: list[tuple[int, slice]]
+
+
+def score_rows(pairs: list[tuple[list[int], list[int]]]) -> list[ScoreRow]:
+    """The rows that answer all (prefix, text) pairs.  Texts of one token after the same prefix share a row: the answers
+    of a classification cost one pass together.
+    """
+    rows, shared = [], {}
+    for pair, (before, after) in enumerate(pairs):
+        key = tuple(before)
+        if len(after) == 1 and key in shared:
+            row = shared[key]
+        else:
+            row = ScoreRow(before + after[:-1], [], [], [])
+            rows.append(row)
+            if len(after) == 1:
+                shared[key] = row
+        start = len(row.targets)
+        row.positions.extend(range(len(before) - 1, len(before) - 1 + len(after)))
+        row.targets.extend(after)
+        row.spans.append((pair, slice(start, start + len(after))))
+    return rows
+
+
+def bucket(length: int, limit: int, smallest: int, per_octave: int = 1) -> int:
+    """The smallest of `smallest` * 2^n * (1 + i / per_octave), or `limit` itself, that holds `length` <= limit."""
     size = smallest
-    while size < length:
+    while 2 * size < length:
         size *= 2
-    return min(size, limit)
+    sizes = (size + size * i // per_octave for i in range(per_octave + 1))
+    return min(next(s for s in sizes if s >= length), limit)
 
 
 class Engine:
@@ -93,12 +127,13 @@ class Engine:
 
     input_length: most tokens of a prompt, bos included.  seq_length - input_length: most new tokens (EasyLM's meaning).
     top_k 0 and top_p 1.0 switch their filter off; do_sample=False makes every request greedy.
+    score_buckets: lengths an octave that `loglikelihood` pads to: more waste less, and compile more programs.
     Raises ValueError, before any work, for values that cannot go together.
     """
 
     def __init__(self, params: Llama, config: LlamaConfig, compute: Compute, tokenizer: Tokenizer, mesh: Mesh, *,
                  batch_size: int, input_length: int, seq_length: int, top_k: int = 50, top_p: float = 1.0,
-                 do_sample: bool = True, add_bos_token: bool = True, seed: int = 42):
+                 do_sample: bool = True, add_bos_token: bool = True, seed: int = 42, score_buckets: int = 1):
         check_lengths(input_length, seq_length, config)
         check_sampling(top_k, top_p)
         check_batch_size(batch_size, mesh)
@@ -111,6 +146,7 @@ class Engine:
         self.batch_size, self.input_length, self.seq_length = batch_size, input_length, seq_length
         self.top_k, self.top_p, self.do_sample, self.seed = top_k, top_p, do_sample, seed
         self._bos = [tokenizer.bos_token_id] if add_bos_token else []
+        self._score_buckets = score_buckets
         self.compilations = 0
         self._programs = {}
         self._requests = 0
@@ -150,18 +186,26 @@ class Engine:
         """(log-likelihood of text after prefix in nats, whether greedy decoding would give that text) of each pair.
 
         Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.
+        Several texts of one token after the same prefix cost no more than one of them.
         Raises RequestError for a pair longer than seq_length, FloatingPointError for a score that is not finite.
         """
         pairs = [self._encode_pair(prefix, text, index)
                  for index, (prefix, text) in enumerate(zip(prefixes, texts, strict=True))]
-        answers = [None] * len(pairs)
-        for chosen in self._batches([len(prefix) + len(text) for prefix, text in pairs]):
-            scores_B, greedy_B = self._score_batch([pairs[i] for i in chosen])
-            for row, i in enumerate(chosen):
-                if not np.isfinite(scores_B[row]):
-                    raise FloatingPointError(f'log-likelihood {scores_B[row]}: the weights may be damaged')
-                answers[i] = (float(scores_B[row]), bool(greedy_B[row]))
-            progress(len(chosen))
+        return self._score_pairs(pairs, progress)
+
+    def _score_pairs(self, pairs: list[tuple[list[int], list[int]]],
+                     progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
+        rows, answers = score_rows(pairs), [None] * len(pairs)
+        for chosen in self._batches([len(row.tokens) for row in rows]):
+            batch = [rows[i] for i in chosen]
+            nll_BP, correct_BP = self._score_batch(batch)
+            for row, nll_P, correct_P in zip(batch, nll_BP, correct_BP, strict=False):
+                for pair, span in row.spans:
+                    score = -float(nll_P[span].sum(dtype=np.float64))
+                    if not np.isfinite(score):
+                        raise FloatingPointError(f'log-likelihood {score}: the weights may be damaged')
+                    answers[pair] = (score, bool(correct_P[span].all()))
+            progress(sum(len(row.spans) for row in batch))
         return answers
 
     def _encode_prompt(self, prompt: str, index: int) -> tuple[list[int], bool]:
@@ -220,14 +264,15 @@ class Engine:
         """The next cache length: double, at least SMALLEST_CACHE, at most the bucket of prompt and whole answer."""
         return min(max(2 * length, SMALLEST_CACHE), bucket(needed, self.seq_length, SMALLEST_CACHE))
 
-    def _score_batch(self, pairs: list[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        length = bucket(max(len(before) + len(after) - 1 for before, after in pairs), self.seq_length, SMALLEST_PROMPT)
-        count = bucket(max(len(after) for _, after in pairs), length, SMALLEST_TEXT)
-        tokens_BT = self._padded([(before + after)[:-1] for before, after in pairs], length)
-        targets_BP = self._padded([after for _, after in pairs], count)
-        starts_B = self._column([len(before) - 1 for before, _ in pairs], np.int32)
-        counts_B = self._column([len(after) for _, after in pairs], np.int32)
-        return jax.device_get(self._run('score', self._params, tokens_BT, starts_B, counts_B, targets_BP))
+    def _score_batch(self, rows: list[ScoreRow]) -> tuple[np.ndarray, np.ndarray]:
+        """(nll_BP, correct_BP) of the rows' targets; what lies beyond a row's targets means nothing."""
+        longest, most = max(len(row.tokens) for row in rows), max(len(row.targets) for row in rows)
+        length = bucket(longest, self.seq_length, SMALLEST_PROMPT, self._score_buckets)
+        count = bucket(most, max(most, self.seq_length), SMALLEST_TEXT)
+        tokens_BT = self._padded([row.tokens for row in rows], length)
+        positions_BP, targets_BP = (self._padded([getattr(row, name) for row in rows], count)
+                                    for name in ('positions', 'targets'))
+        return jax.device_get(self._run('score', self._params, tokens_BT, positions_BP, targets_BP))
 
     def _padded(self, rows: list[list[int]], length: int) -> np.ndarray:
         padded_BT = np.zeros((self.batch_size, length), np.int32)
@@ -280,15 +325,11 @@ class Engine:
             lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0), (0, 0))), state.cache)
         return dataclasses.replace(state, cache=longer)
 
-    def _score(self, params, tokens_BT, starts_B, counts_B, targets_BP):
-        """(log-likelihood_B float32, greedy_B bool) of the first counts_B of targets_BP, which follow starts_B."""
+    def _score(self, params, tokens_BT, positions_BP, targets_BP):
+        """(nll_BP float32, correct_BP bool) of targets_BP as the tokens after positions_BP."""
         h_BTM, _ = hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), self.config, self.compute)
-        step_BP = jnp.broadcast_to(jnp.arange(targets_BP.shape[1], dtype=jnp.int32), targets_BP.shape)
-        positions_BP = jnp.minimum(starts_B[:, None] + step_BP, tokens_BT.shape[1] - 1)
         h_BPM = jnp.take_along_axis(h_BTM, positions_BP[..., None], axis=1)
-        nll_BP, correct_BP = token_cross_entropy(params, h_BPM, targets_BP)
-        real_BP = step_BP < counts_B[:, None]
-        return -jnp.where(real_BP, nll_BP, 0).sum(axis=-1), (correct_BP | ~real_BP).all(axis=-1)
+        return token_cross_entropy(params, h_BPM, targets_BP)
 
     # ------------------------------------------------------------ compiling
 
@@ -310,16 +351,15 @@ class Engine:
                     self._compile('decode', self._params, state, rows, shape((), np.int32))
                     yield
         if 'loglikelihood' in programs:
-            for length in self._buckets(self.seq_length):
-                tokens_BT, targets_BP = (shape((B, n), np.int32) for n in (length, min(length, SMALLEST_TEXT)))
-                column_B = shape((B,), np.int32)
-                self._compile('score', self._params, tokens_BT, column_B, column_B, targets_BP)
+            few_BP = shape((B, bucket(1, self.seq_length, SMALLEST_TEXT)), np.int32)
+            for length in self._buckets(self.seq_length, self._score_buckets):
+                self._compile('score', self._params, shape((B, length), np.int32), few_BP, few_BP)
                 yield
 
-    def _buckets(self, limit: int) -> list[int]:
-        sizes = [bucket(1, limit, SMALLEST_PROMPT)]
+    def _buckets(self, limit: int, per_octave: int = 1) -> list[int]:
+        sizes = [bucket(1, limit, SMALLEST_PROMPT, per_octave)]
         while sizes[-1] < limit:
-            sizes.append(bucket(sizes[-1] + 1, limit, SMALLEST_PROMPT))
+            sizes.append(bucket(sizes[-1] + 1, limit, SMALLEST_PROMPT, per_octave))
         return sizes
 
     def _run(self, name: str, *arguments, static: int | None = None):
@@ -352,7 +392,7 @@ class Engine:
             'prefill': (self._prefill, (params, BATCH, rows), state, ()),
             'grow': (lambda state: self._grow(state, static), (state,), state, ()),
             'decode': (self._decode, (params, state, rows, everywhere), state, (1,)),
-            'score': (self._score, (params, BATCH, BATCH, BATCH, BATCH), (BATCH, BATCH), ()),
+            'score': (self._score, (params, BATCH, BATCH, BATCH), (BATCH, BATCH), ()),
         }[name]
 
 

@@ -10,6 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 import pytest
 
+import flags
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -19,3 +21,12 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 def golden() -> pathlib.Path:
     """tests/golden: numbers that other systems produced (tests/golden/README.md)."""
     return GOLDEN
+
+
+@pytest.fixture(scope='session')
+def smollm2_gguf() -> pathlib.Path:
+    """The real model of the quickstart, which `make test` fetches first."""
+    path = flags.cache_directory() / 'smollm2-135m-instruct' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+    if not path.is_file():
+        pytest.skip('the model is not there: python assets.py --name=smollm2-135m-instruct')
+    return path

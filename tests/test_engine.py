@@ -16,7 +16,7 @@ from data.tokenizer import load_tokenizer
 from model.config import Compute, LlamaConfig, config_from_dict
 from model.partition import make_mesh
 from serving import engine as engine_file
-from serving.engine import Engine, RequestError, bucket
+from serving.engine import Engine, RequestError, bucket, score_rows
 
 PROMPTS = ['[Text]: the plot is thin .\n[Sentiment]:', 'a', 'the film', 'one two', '', 'it wastes a fine idea .']
 
@@ -102,9 +102,17 @@ def test_decoding_equals_the_forward_pass(engine, cases):
     prompts = cases['/generate'][0]['request']['prefix_text']
     answers = [answer.token_ids + [engine.tokenizer.eos_token_id] for answer in engine.generate(prompts, 0.0)]
     pairs = [(engine._encode_prompt(prompt, 0)[0], answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    assert engine._score_batch(pairs)[1][:3].tolist() == [True] * 3
+    assert [greedy for _, greedy in engine._score_pairs(pairs)] == [True] * 3
     changed = [(prompt, answer[:-2] + [7, answer[-1]]) for prompt, answer in pairs]
-    assert engine._score_batch(changed)[1][:3].tolist() == [False] * 3
+    assert [greedy for _, greedy in engine._score_pairs(changed)] == [False] * 3
+
+
+def test_answers_of_one_token_share_a_row(engine):
+    """Three texts of one token after a prefix are one row, a longer text its own; scores are those asked one by one."""
+    pairs = [([1, 20, 30], [40]), ([1, 20, 30], [41]), ([1, 20], [30, 40]), ([1, 20, 30], [42]), ([1, 21], [40])]
+    assert [len(row.spans) for row in score_rows(pairs)] == [3, 1, 1]
+    together, alone = engine._score_pairs(pairs), [engine._score_pairs([pair])[0] for pair in pairs]
+    np.testing.assert_allclose([score for score, _ in together], [score for score, _ in alone], rtol=1e-5)
 
 
 def test_no_step_runs_after_the_last_row_stopped(engine, cases, monkeypatch):
@@ -173,6 +181,8 @@ def test_buckets_are_powers_of_two_up_to_the_limit():
     """The smallest bucket that holds the length; the limit itself is the last one."""
     assert [bucket(n, 100, 16) for n in (1, 16, 17, 32, 33, 64, 65, 100)] == [16, 16, 32, 32, 64, 64, 100, 100]
     assert bucket(1, 10, 16) == 10
+    quarters = [bucket(n, 100, 16, 4) for n in (1, 17, 21, 32, 33, 41, 64, 65, 97)]
+    assert quarters == [16, 20, 24, 32, 40, 48, 64, 80, 100]
 
 
 def test_after_warming_up_nothing_compiles(engine):
@@ -243,7 +253,7 @@ def test_progress_counts_every_prompt_once(engine):
     """Dummy rows are not counted."""
     seen = []
     engine.generate(['a'] * 6, 0.0, 1, seen.append)
-    engine.loglikelihood(['a'] * 5, ['b'] * 5, seen.append)
+    engine.loglikelihood(list('abcde'), ['b'] * 5, seen.append)
     assert seen == [4, 2, 4, 1]
 
 

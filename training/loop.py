@@ -56,36 +56,36 @@ def train(state: TrainState, batches: Iterator[Batch], jitted_step, mesh: Mesh, 
     step is kept in flight: the host prepares batch n + 1 while the devices compute step n, and never runs further
     ahead. Raises FloatingPointError, before anything is saved, when a logged loss or gradient norm is not finite.
     """
-    bar = tqdm(total=schedule.total_steps, initial=schedule.start_step, desc='train', unit='step', mininterval=0.5)
-    step = CompiledStep(jitted_step, bar.write)
-    began = last_logged = time.perf_counter()
-    tokens, previous = 0, None
-    for n in range(schedule.start_step, schedule.total_steps):
-        batch = next(batches)
-        tokens += int(np.count_nonzero(batch.segments_BT))
-        position = data_position()
-        state, metrics = step(state, put(batch, mesh))
-        if previous is not None:
-            jax.block_until_ready(previous)
-        previous = metrics
-        done = n + 1
-        if n % schedule.log_every == 0 or done == schedule.total_steps:
-            row = {name: float(value) for name, value in metrics.items()}
-            now = time.perf_counter()
-            row |= dict(tokens_per_second=round(tokens / (now - last_logged), 1),
-                        seconds=round(writer.seconds_before + now - began, 3))
-            tokens, last_logged = 0, now
-            check_finite(row, n)
-            if evaluate:
-                row |= evaluate(state)
-            writer.write(n, row | position)
-            bar.set_postfix(loss=f'{row["loss"]:.4f}', accuracy=f'{row["accuracy"]:.3f}',
-                            lr=f'{row["learning_rate"]:.2g}', tok_s=f'{row["tokens_per_second"]:.0f}')
-        bar.update()
-        if schedule.save_every and done % schedule.save_every == 0 and done < schedule.total_steps:
-            check_finite({name: float(value) for name, value in metrics.items()}, n)
-            save(state, done)
-    bar.close()
+    start, total = schedule.start_step, schedule.total_steps
+    with tqdm(total=total, initial=start, desc='train', unit='step', mininterval=0.5) as bar:
+        step = CompiledStep(jitted_step, bar.write)
+        began = last_logged = time.perf_counter()
+        tokens, previous = 0, None
+        for n in range(start, total):
+            batch = next(batches)
+            tokens += int(np.count_nonzero(batch.segments_BT))
+            position = data_position()
+            state, metrics = step(state, put(batch, mesh))
+            if previous is not None:
+                jax.block_until_ready(previous)
+            previous = metrics
+            done = n + 1
+            if n % schedule.log_every == 0 or done == total:
+                row = {name: float(value) for name, value in metrics.items()}
+                now = time.perf_counter()
+                row |= dict(tokens_per_second=round(tokens / (now - last_logged), 1),
+                            seconds=round(writer.seconds_before + now - began, 3))
+                tokens, last_logged = 0, now
+                check_finite(row, n)
+                if evaluate:
+                    row |= evaluate(state)
+                writer.write(n, row | position)
+                bar.set_postfix(loss=f'{row["loss"]:.4f}', accuracy=f'{row["accuracy"]:.3f}',
+                                lr=f'{row["learning_rate"]:.2g}', tok_s=f'{row["tokens_per_second"]:.0f}')
+            bar.update()
+            if schedule.save_every and done % schedule.save_every == 0 and done < total:
+                check_finite({name: float(value) for name, value in metrics.items()}, n)
+                save(state, done)
     return state
 
 

@@ -1,0 +1,56 @@
+"""The quickstart's model, SmolLM2-135M-Instruct Q4_1, against transformers 5.23 on the same dequantised weights."""
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoint import gguf, load
+from model.config import MODELS, Compute
+from model.partition import make_mesh
+from serving.engine import Engine
+
+
+@pytest.fixture(scope='module')
+def cases(golden):
+    """35 prompts with token ids, log-likelihoods of the two answers, and of five the 20 greedy tokens."""
+    return json.loads((golden / 'huggingface/smollm2_135m_q4_1.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def engine(smollm2_gguf):
+    spec, mesh = f'gguf::{smollm2_gguf}', make_mesh('1,1,1', jax.devices()[:1])
+    config = load.read_config(spec)
+    params, tokenizer = load.load_params(spec, config, mesh), load.read_tokenizer(spec)
+    return Engine(params, config, Compute(), tokenizer, mesh, batch_size=8, input_length=64, seq_length=84,
+                  add_bos_token=load.read_add_bos_token(spec))
+
+
+def test_config_is_the_named_model(smollm2_gguf):
+    """The metadata of the published file state the sizes of MODELS['smollm2_135m'], float32 roundings undone."""
+    assert gguf.Reader(str(smollm2_gguf)).config == MODELS['smollm2_135m']
+
+
+def test_tokenizer_gives_the_ids_of_transformers(smollm2_gguf, cases):
+    """All 35 prompts and both answers have equal ids, and the prompts survive decoding."""
+    tokenizer = load.read_tokenizer(f'gguf::{smollm2_gguf}')
+    assert len(cases) == 35
+    for case in cases:
+        assert tokenizer.encode(case['prompt']) == case['ids'] and tokenizer.decode(case['ids']) == case['prompt']
+        for text, ids in case['label_ids'].items():
+            assert tokenizer.encode(text) == ids
+
+
+def test_log_likelihoods_are_those_of_transformers(engine, cases):
+    """ln p(' Positive') and ln p(' Negative') after every prompt, within 1e-3."""
+    prefixes, texts, expected = zip(*((case['prompt'], text, value) for case in cases
+                                      for text, value in case['log_likelihood'].items()), strict=True)
+    scores = [score for score, _ in engine.loglikelihood(list(prefixes), list(texts))]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-3)
+
+
+def test_greedy_tokens_are_those_of_transformers(engine, cases):
+    """The 20 tokens after each of five prompts, exactly."""
+    cases = [case for case in cases if 'greedy_20' in case]
+    answers = engine.generate([case['prompt'] for case in cases], 0.0, 20)
+    assert len(cases) == 5 and [answer.token_ids for answer in answers] == [case['greedy_20'] for case in cases]
