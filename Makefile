@@ -16,7 +16,9 @@ REVIEWS := $(CACHE)/rotten_tomatoes
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	@echo "== installing the extra '$*' into $(VENV) (a minute or two the first time)"
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar=off -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --progress-bar=off -c constraints.txt -e '.[$*]' & pid=$$!; seconds=0; \
+	  while sleep 1 && kill -0 $$pid 2>/dev/null; do seconds=$$((seconds + 1)); \
+	    [ $$((seconds % 8)) -ne 0 ] || echo "   ... pip works, $$seconds s"; done; wait $$pid
 	@touch $@
 
 model: $(VENV)/installed-all

@@ -272,8 +272,9 @@ def _absl_flags(table) -> absl_flags.FlagValues:
 def _apply_recipe(values: absl_flags.FlagValues, table, path: str) -> None:
     if not path.endswith('.py'):
         raise ValueError(f'config={path!r} must be a Python file with get_config(), for example configs/quickstart.py')
-    with open(path, encoding='utf-8'):  # a clear "No such file" before the import machinery's own message
-        spec = importlib.util.spec_from_file_location('recipe', path)
+    if not Path(path).is_file():
+        raise ValueError(f'config={path!r} does not exist: give a recipe of configs/, or leave --config out')
+    spec = importlib.util.spec_from_file_location('recipe', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):

@@ -126,11 +126,13 @@ def named_config(name: str) -> LlamaConfig:
         return MODELS[name]
     kind, separator, path = name.partition('::')
     if separator and kind == 'json':
-        with open(path, encoding='utf-8') as file:
-            try:
+        try:
+            with open(path, encoding='utf-8') as file:
                 return config_from_dict(json.load(file), source=path)
-            except json.JSONDecodeError as error:
-                raise ValueError(f'load_llama_config: {path}:{error.lineno} is not JSON: {error.msg}') from None
+        except OSError as error:
+            raise ValueError(f'load_llama_config={name!r} cannot be read: {error.strerror}') from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f'load_llama_config: {path}:{error.lineno} is not JSON: {error.msg}') from None
     if separator and kind == 'pickle':
         raise ValueError(f'load_llama_config={name!r}: pickle files are never read (unpickling runs code); '
                          'give a name, or write the sizes to a JSON file and use json::FILE')

@@ -183,6 +183,16 @@ def test_chunked_cross_entropy_equals_whole(monkeypatch):
     jax.tree.map(lambda a, b: assert_close(b, a, 1e-6), whole, run())
 
 
+def test_loss_is_the_mean_of_row_means():
+    """Rows with 1, 3 and 0 targets and one of weight 0: (2 + (1 + 3 + 5) / 3 + 0) / 3; accuracy (1 + 1 / 3 + 0) / 3."""
+    nll = jnp.array([[2., 9., 9.], [1., 3., 5.], [9., 9., 9.], [9., 9., 9.]])
+    correct = jnp.array([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 1]], bool)
+    mask = jnp.array([[1., 0., 0.], [1., 1., 1.], [0., 0., 0.], [1., 1., 1.]])
+    run = on_mesh(lambda params, *arrays: loss.row_mean_loss(*arrays), TINY, one_device(), PartitionSpec())
+    value, accuracy = run(llama.init_params(TINY, one_device(), 0), nll, correct, mask, jnp.array([1., 1., 1., 0.]))
+    np.testing.assert_allclose([value, accuracy], [5 / 3, 4 / 9], rtol=1e-6)
+
+
 def test_parameter_counts_of_the_named_models():
     """The counts their publishers state."""
     count = lambda name: sum(int(np.prod(spec.shape)) for spec in jax.tree.leaves(

@@ -124,7 +124,8 @@ def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path)
     (OPTIMIZER + 'lr_warmup_steps=200000000', 'must exceed lr_warmup_steps'),
     ('--total_steps=0', 'total_steps=0 needs'),
     (OPTIMIZER + 'learning_rate=1', "Unknown command line flag 'optimizer.adamw_optimizer.learning_rate'"),
-    ('--config=configs/none.py', 'configs/none.py'),
+    ('--config=configs/none.py', "config='configs/none.py' does not exist"),
+    ('--load_llama_config=json::/no/such.json', "load_llama_config='json::/no/such.json' cannot be read: No such file"),
 ])
 def test_mistakes_end_with_one_line_and_exit_code_2(golden, tmp_path, monkeypatch, capsys, wrong, says):
     monkeypatch.setattr('sys.argv', ['train.py', *easylm_flags(golden, tmp_path), '--mesh_dim=1,8,1', wrong])
@@ -133,6 +134,14 @@ def test_mistakes_end_with_one_line_and_exit_code_2(golden, tmp_path, monkeypatc
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2 and line.startswith('train.py: ')
     assert re.search(says, line), line
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused(golden, tmp_path):
+    """640 tokens do not fit a model of 600."""
+    sizes = json.loads((golden / 'easylm/model.json').read_text()) | dict(vocab_size=600)
+    (tmp_path / 'small.json').write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match='tokenizer has 640 tokens, the model only 600'):
+        run(*easylm_flags(golden, tmp_path / 'run'), f'--load_llama_config=json::{tmp_path}/small.json')
 
 
 def test_broken_line_and_row_without_target_name_their_place(golden, tmp_path, monkeypatch, capsys):
