@@ -67,9 +67,7 @@ def partitions(config: LlamaConfig) -> Llama:
 
 
 def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
-    """The Llama tree of float32 ShapeDtypeStructs with their shardings on `mesh`; checks that the mesh divides the
-    model.
-    """
+    """The Llama tree of float32 ShapeDtypeStructs with shardings on `mesh`, which must divide the model."""
     check_divisible(config, mesh)
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=NamedSharding(mesh, spec.partition)),
@@ -90,10 +88,9 @@ def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
 
 
 def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
-    """Random float32 weights, made where they live: normal with standard deviation `initializer_range` (as EasyLM),
-    norms 1.
+    """Random float32 weights, made where they live; the values depend on the seed alone, not on the mesh.
 
-    The values depend on the seed alone, not on the mesh.
+    Matrices are normal with standard deviation `initializer_range` (as EasyLM has it), norms are 1.
     """
     def init(spec, key):
         if spec.init == 'ones':
@@ -113,8 +110,7 @@ def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
 
 def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: LlamaConfig, compute: Compute, *,
                   positions_BT: Array | None = None, cache: kv_cache.Cache | None = None):
-    """Runs the network up to the final norm: (h_BTM in the compute dtype, whole on every mp device; updated cache or
-    None).
+    """The network up to the final norm: (h_BTM in the compute dtype, whole on every mp device; the updated cache).
 
     tokens, segments (0 = padding) and positions are int32 [B, T]; positions default to 0..T-1.  With a cache, the T
     tokens of row b are written to slots positions_BT[b, 0].. and attend to what the row already holds (segments are not
@@ -149,9 +145,7 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
 
 
 def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Array:
-    """h_BTM (or its T/mp part).  Each mp device looks up the tokens of its own slice of the vocabulary, zero
-    elsewhere.
-    """
+    """h_BTM, or its T/mp part: each mp device looks up the tokens of its own slice of the vocabulary."""
     embedding_VM = all_gather(embedding.astype(dtype), 'V/mp M/fsdp -> V/mp M')
     V = embedding_VM.shape[0]
     local_BT = tokens_BT - V * lax.axis_index('mp')
@@ -220,8 +214,10 @@ def rms_norm(x: Array, weight_M: Array, config: LlamaConfig) -> Array:
 
 @functools.partial(jax.named_call, name='rope_table')
 def rope_table(positions_BT: Array, config: LlamaConfig) -> tuple[Array, Array]:
-    """cos and sin of position * frequency, float32 [B, T, 1, D/2]; frequency_i = theta^(-2i/D), scaled as Llama 3 does
-    it.
+    """cos and sin of position * frequency, float32 [B, T, 1, D/2].
+
+    frequency_i = theta^(-2i/D).  With scaling (Llama 3), a wavelength that fits low_freq_factor times or less into the
+    original context is stretched by `factor`, one that fits high_freq_factor times or more is kept, linear between.
     """
     D, scaling = config.head_dim, config.rope_scaling
     frequency = config.rope_theta ** (-jnp.arange(0, D, 2, dtype=jnp.float32)[None, None, None] / D)

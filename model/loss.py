@@ -27,8 +27,7 @@ def logits(params: Llama, h_BPM: Array) -> Array:
 
 
 def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array) -> tuple[Array, Array]:
-    """(nll_BP float32, correct_BP bool): minus the log-likelihood of each target, and whether it is the most likely
-    token.
+    """(nll_BP float32, correct_BP bool): minus each target's log-likelihood, and whether it is the likeliest token.
 
     h_BPM is whole on every mp device; the results are too.  P is walked in equal chunks of at most CHUNK_ELEMENTS
     logits.
@@ -58,8 +57,7 @@ def _chunk_cross_entropy(head_VM, h_BPM, targets_BP):
 
 
 def row_mean_loss(nll_BP, correct_BP, mask_BP, row_weight_B) -> tuple[Array, Array]:
-    """(loss, accuracy) as EasyLM defines them: the mean over the rows of all devices of each row's mean over its
-    targets.
+    """(loss, accuracy) as EasyLM defines them: the mean over all devices' rows of each row's mean over its targets.
 
     A row without targets contributes 0 and counts (EasyLM); a row of weight 0 is padding and does not.
     Float32 scalars, equal on every device.

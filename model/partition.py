@@ -22,8 +22,7 @@ BATCH = PartitionSpec(('dp', 'fsdp'))  # of every array whose first dimension is
 
 
 class WeightSpec(NamedTuple):
-    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), and the letters of its
-    shape.
+    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), letters of the shape.
 
     stacked: the leading axis counts layers, so statistics of "the matrix" are per slice of it.
     """
@@ -85,9 +84,7 @@ def all_gather(x: jax.Array, rewrite: str) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
-    """'B T M -> B T/mp M': sum over the axis, each device keeping its part of T.  Its transpose is the all-gather
-    above.
-    """
+    """'B T M -> B T/mp M': sums over the axis, each device keeping its part of T.  Transpose of all_gather."""
     before, after = rewrite.split(' -> ')
     dimension, axis = _changed_dimension(after, before)
     return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)

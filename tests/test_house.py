@@ -2,8 +2,11 @@
 import ast
 import pathlib
 import re
+import shlex
 
 import pytest
+
+import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {  # room -> the rooms it may import from; entry points may import everything
@@ -47,6 +50,20 @@ def test_nothing_unpickles_or_evaluates_strings(path):
     tree = ast.parse(path.read_text())
     calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not imported(path) & {'pickle', 'cloudpickle', 'dill', 'shelve', 'marshal'} and not calls & {'eval', 'exec'}
+
+
+@pytest.mark.parametrize('text', ['README.md', 'BUILD.md', 'quickstart.sh'])
+def test_printed_commands_have_flags_that_exist(text):
+    """Every `python PROGRAM.py` line of the documents and of the quickstart is understood by that program."""
+    tables = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE,
+              'evaluate.py': flags.EVALUATE, 'assets.py': flags.ASSETS}
+    joined = (ROOT / text).read_text().replace('\\\n', ' ').replace('"$@"', '')
+    found = re.findall(r'(?:python|"\$PYTHON"|\$PYTHON) (\w+\.py)((?: +--[^`#\n]*)?)', joined)
+    assert found
+    for program, arguments in found:
+        if '…' not in arguments and program in tables:
+            words = [word.replace('$RECIPE', str(ROOT / 'configs/quickstart.py')) for word in shlex.split(arguments)]
+            flags.parse([program, *words], tables[program], '')
 
 
 def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():

@@ -9,8 +9,7 @@ import pathlib
 
 
 class MetricsWriter:
-    """Appends rows to `output_dir`/metrics.jsonl; rows after `resume_step` of an earlier, longer attempt are dropped
-    first.
+    """Writes rows to `output_dir`/metrics.jsonl; of an earlier attempt, those before `resume_step` stay.
 
     tensorboard: also write scalars to output_dir/tensorboard (extra `tensorboard`).  wandb: keyword arguments of
     wandb.init, or None (extra `wandb`).  Raises ValueError naming the flag when the extra is not installed.

@@ -65,9 +65,7 @@ class AdamW:
 
 @pytree
 class OptimizerState:
-    """count: optimizer steps done, int32; momentum (float32 or bfloat16) and second_moment (float32), trees like the
-    weights.
-    """
+    """count: optimizer steps done, int32; momentum (f32 or bf16) and second_moment (f32): trees like the weights."""
 
     count: jax.Array
     momentum: object
@@ -81,9 +79,7 @@ def init(params, hyper: AdamW) -> OptimizerState:
 
 
 def schedule(hyper: AdamW, n: jax.Array) -> jax.Array:
-    """Learning rate of optimizer step n: linear from init_lr to lr over the warmup, then a cosine to end_lr at
-    lr_decay_steps.
-    """
+    """Learning rate of optimizer step n: linear from init_lr to lr, then a cosine that ends at lr_decay_steps."""
     n, warmup = f32(n), hyper.lr_warmup_steps
     rising = (hyper.init_lr - hyper.lr) * (1 - n / max(warmup, 1)) + hyper.lr
     progress = jnp.minimum(n - warmup, hyper.lr_decay_steps - warmup) / (hyper.lr_decay_steps - warmup)
@@ -93,9 +89,7 @@ def schedule(hyper: AdamW, n: jax.Array) -> jax.Array:
 
 
 def update(params, grads, state: OptimizerState, hyper: AdamW, specs):
-    """One optimizer step: (new params, new state).  All trees have the leaves of `specs`, float32 but for bf16
-    momentum.
-    """
+    """One optimizer step: (new params, new state).  All trees have the leaves of `specs`."""
     t, lr = f32(state.count + 1), schedule(hyper, state.count)
     norm = global_norm(grads, specs)
     b1 = f32(jnp.bfloat16(hyper.b1)) if hyper.bf16_momentum else hyper.b1
@@ -126,9 +120,7 @@ def spec_leaves(specs) -> list[WeightSpec]:
 
 
 def global_norm(tree, specs) -> jax.Array:
-    """sqrt of the sum of squares over all weights of all devices, each weight once; one psum per distinct set of
-    axes.
-    """
+    """sqrt of the sum of squares over all devices, each weight once; one psum for each distinct set of axes."""
     by_axes: dict[tuple, list] = {}
     for x, spec in zip(jax.tree.leaves(tree), spec_leaves(specs), strict=True):
         by_axes.setdefault(spec.axes, []).append(jnp.sum(x * x))

@@ -90,9 +90,7 @@ def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Adam
 
 
 def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimizer.AdamW, specs) -> TrainState:
-    """Adds a micro-step's gradients to the running mean (Welford, as optax.MultiSteps); updates on the last of
-    `accumulate`.
-    """
+    """Adds a micro-step's gradients to the running mean (Welford's, as optax.MultiSteps); the last one updates."""
     mean = jax.tree.map(lambda mean, g: mean + (g - mean) / (state.micro_step + 1), state.mean_gradient, grads)
 
     def last(_):
