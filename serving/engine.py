@@ -231,7 +231,9 @@ class Engine:
         eos = self.tokenizer.eos_token_id
         reason = 'stop' if eos in output else 'length'
         ids = output[:output.index(eos)] if eos in output else output
-        return Generation(self.tokenizer.decode(ids), ids, prompt_tokens, reason, truncated)
+        # sentencepiece drops the blank that begins a text, byte-level BPE keeps it: an answer begins without it in both
+        text = self.tokenizer.decode(ids).removeprefix(' ')
+        return Generation(text, ids, prompt_tokens, reason, truncated)
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Indices of requests, those of like length together, at most batch_size in a batch."""

@@ -54,3 +54,5 @@ def test_greedy_tokens_are_those_of_transformers(engine, cases):
     cases = [case for case in cases if 'greedy_20' in case]
     answers = engine.generate([case['prompt'] for case in cases], 0.0, 20)
     assert len(cases) == 5 and [answer.token_ids for answer in answers] == [case['greedy_20'] for case in cases]
+    for answer in answers:
+        assert engine.tokenizer.decode(answer.token_ids) == ' ' + answer.text  # the blank after the prompt is dropped
