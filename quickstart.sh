@@ -7,7 +7,8 @@ began=$(date +%s)
 
 if [ ! -f "$RUN/before/evaluation.json" ]; then
   step "1 of 4: how well does the pretrained model do on the test reviews, without any training?" \
-    "$PYTHON" evaluate.py --load_checkpoint="$MODEL" --input="$REVIEWS" --split=test --output_dir="$RUN/before"
+    "$PYTHON" evaluate.py --load_checkpoint="$MODEL" --input="$REVIEWS" --split=test --sample_tokens=24 \
+    --output_dir="$RUN/before"
 fi
 step "2 of 4: labelled reviews become text records" \
   "$PYTHON" prepare_data.py --input="$REVIEWS" --split=train --record_fields=text,prompt,answer --output="$RUN/data" "$@"
@@ -18,8 +19,8 @@ step "3 of 4: fine-tune" \
   --train_dataset.json_dataset.path="$RUN/data/train.jsonl" --logger.output_dir="$RUN/model" --resume=True
 rm -rf "$RUN/after"
 step "4 of 4: the fine-tuned model on the same test reviews" \
-  "$PYTHON" evaluate.py --load_checkpoint="$RUN/model" --input="$REVIEWS" --split=test --output_dir="$RUN/after" \
-  --before="$RUN/before/evaluation.json"
+  "$PYTHON" evaluate.py --load_checkpoint="$RUN/model" --input="$REVIEWS" --split=test --sample_tokens=24 \
+  --output_dir="$RUN/after" --before="$RUN/before/evaluation.json"
 
 cat <<END
 
