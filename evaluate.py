@@ -106,17 +106,17 @@ def choose_template(config) -> PromptTemplate:
 
 
 def read_before(path: str, examples: list[Example], template: PromptTemplate, wanted: tuple[str, ...]) -> dict:
-    """An earlier evaluation.json, which must be of exactly these reviews by one of these methods."""
+    """An earlier evaluation.json, which must be of these reviews or a part of them, by one of these methods."""
     try:
         before = json.loads(Path(path).read_text(encoding='utf-8'))
-        reviews = [(row['text'], row['label']) for row in before['reviews']]
+        reviews = {(row['text'], row['label']) for row in before['reviews']}
         known = set(before['results']) & set(wanted)
         unknown = {row['label'] for row in before['samples']} - set(template.labels)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'before={path!r} is no evaluation.json of evaluate.py ({error!r})') from None
-    if reviews != [(example.text, template.labels[example.label]) for example in examples] or unknown:
-        raise ValueError(f'before={path!r} evaluated {len(reviews)} other reviews than these {len(examples)}: use the '
-                         'same --input, --split, --sample_size and --seed')
+    if unknown or not reviews <= {(example.text, template.labels[example.label]) for example in examples}:
+        raise ValueError(f'before={path!r} evaluated reviews that are not among these {len(examples)}: use the same '
+                         '--input and --split, and no smaller --sample_size')
     if not known:
         raise ValueError(f'before={path!r} has results of {", ".join(before["results"])} and none of method '
                          f'{", ".join(wanted)}: choose --method accordingly')
@@ -161,7 +161,7 @@ def evaluate(asked: Asked, examples: list[Example], shown: list[Example], templa
     names = [*template.labels, 'other']
     reviews = [{'text': example.text, 'label': names[example.label]} for example in examples]
     tokens = sum(len(asked.encode(template.prompt(example.text))) for example in examples) if asked.encode else None
-    results, often = {}, 0.5 if sys.stderr.isatty() else 10.0
+    results, often = {}, 0.5 if sys.stderr.isatty() else 5.0
     for method in methods:
         start = time.perf_counter()
         with tqdm(total=len(examples), desc=method, unit='review', mininterval=often) as bar:
@@ -203,7 +203,7 @@ def print_result(result: dict, before: dict | None) -> None:
         if len(wrong) > 10:
             print(f'  and {len(wrong) - 10} more misclassified reviews in evaluation.json')
         if before and method in before['results']:
-            print(change_text(report, before['results'][method]))
+            print(change_text(rightness(result, method), rightness(before, method)))
     if before:
         rows = [{**row, 'before': old['generated'], 'after': row['generated']}
                 for row, old in zip(result['samples'], before['samples'], strict=True)]
@@ -213,12 +213,21 @@ def print_result(result: dict, before: dict | None) -> None:
             print(f"\n{row['text']}\n  original: {row['label']}\n  generated: {row['generated']!r}")
 
 
-def change_text(report: dict, earlier: dict) -> str:
-    """How the accuracy changed, and on how many reviews."""
-    wrong, were_wrong = set(report['misclassified']), set(earlier['misclassified'])
-    return (f"before: accuracy {earlier['accuracy']:.2%}, now {report['accuracy']:.2%} "
-            f"({100 * (report['accuracy'] - earlier['accuracy']):+.2f} points); {len(were_wrong - wrong)} reviews "
-            f'became right, {len(wrong - were_wrong)} became wrong')
+def rightness(evaluation: dict, method: str) -> dict[tuple[str, str], bool]:
+    """{(text, label): whether the method's prediction was that label} of an evaluation's reviews."""
+    return {(row['text'], row['label']): row[method]['prediction'] == row['label'] for row in evaluation['reviews']}
+
+
+def change_text(now: dict, before: dict) -> str:
+    """How the accuracy changed on the reviews that were evaluated before, all of which are in `now`."""
+    became_right = sum(now[review] and not was for review, was in before.items())
+    became_wrong = sum(was and not now[review] for review, was in before.items())
+    then, count = sum(before.values()), len(before)
+    change = became_right - became_wrong
+    return (f'the {count} reviews evaluated before: accuracy {then / count:.2%} then, '
+            f'{(then + change) / count:.2%} now ({100 * change / count:+.2f} points); '
+            f'{became_right} became right, {became_wrong} became wrong')
+
 
 
 def versions() -> dict[str, str]:

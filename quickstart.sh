@@ -6,9 +6,9 @@ step() { printf '\n== %s\n' "$1"; shift; printf '$ %s\n' "$*"; "$@"; }
 began=$(date +%s)
 
 if [ ! -f "$RUN/before/evaluation.json" ]; then
-  step "1 of 4: how well does the pretrained model do on the test reviews, without any training?" \
-    "$PYTHON" evaluate.py --load_checkpoint="$MODEL" --input="$REVIEWS" --split=test --sample_tokens=24 \
-    --output_dir="$RUN/before"
+  step "1 of 4: how well does the pretrained model do on test reviews, without any training? (a sample of 320)" \
+    "$PYTHON" evaluate.py --load_checkpoint="$MODEL" --input="$REVIEWS" --split=test --sample_size=320 \
+    --sample_tokens=24 --output_dir="$RUN/before"
 fi
 step "2 of 4: labelled reviews become text records" \
   "$PYTHON" prepare_data.py --input="$REVIEWS" --split=train --record_fields=text,prompt,answer --output="$RUN/data" "$@"
@@ -18,7 +18,7 @@ step "3 of 4: fine-tune" \
   "$PYTHON" train.py --config="$RECIPE" --load_checkpoint="$MODEL" \
   --train_dataset.json_dataset.path="$RUN/data/train.jsonl" --logger.output_dir="$RUN/model" --resume=True
 rm -rf "$RUN/after"
-step "4 of 4: the fine-tuned model on the same test reviews" \
+step "4 of 4: the fine-tuned model on all test reviews" \
   "$PYTHON" evaluate.py --load_checkpoint="$RUN/model" --input="$REVIEWS" --split=test --sample_tokens=24 \
   --output_dir="$RUN/after" --before="$RUN/before/evaluation.json"
 

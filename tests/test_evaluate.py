@@ -76,15 +76,17 @@ def test_an_earlier_evaluation_is_compared_review_by_review(fake, reviews, tmp_p
     fake['says'] = 'Positive'
     run(reviews, tmp_path / 'after', '--method=generate', f'--before={tmp_path}/before/evaluation.json')
     said = capsys.readouterr().out
-    assert ('before: accuracy 0.00%, now 50.00% (+50.00 points); 2 reviews became right, 0 became wrong') in said
+    assert 'accuracy 0.00% then, 50.00% now (+50.00 points); 2 became right, 0 became wrong' in said
     assert f'| {REVIEWS[1][0]} | Negative | I knew when | Positive |' in said
     assert said.count('| I knew when |') == 2
 
 
 def test_the_change_counts_both_directions():
-    """Reviews 1 and 2 were wrong and are right, review 3 the other way round."""
-    text = change_text({'accuracy': 0.6, 'misclassified': [0, 3]}, {'accuracy': 0.5, 'misclassified': [0, 1, 2]})
-    assert text.endswith('(+10.00 points); 2 reviews became right, 1 became wrong')
+    """b and c were wrong and are right, a the other way round; i was not evaluated before and does not count."""
+    before = dict(zip('abcdefgh', [1, 0, 0, 1, 1, 0, 0, 1], strict=True))
+    now = dict(zip('abcdefghi', [0, 1, 1, 1, 1, 0, 0, 1, 1], strict=True))
+    assert change_text(now, before) == ('the 8 reviews evaluated before: accuracy 50.00% then, 62.50% now '
+                                        '(+12.50 points); 2 became right, 1 became wrong')
 
 
 def test_an_earlier_evaluation_of_other_reviews_is_refused(fake, reviews, tmp_path):
@@ -92,7 +94,7 @@ def test_an_earlier_evaluation_of_other_reviews_is_refused(fake, reviews, tmp_pa
     run(reviews, tmp_path / 'before')
     before, other = f'--before={tmp_path}/before/evaluation.json', tmp_path / 'other.jsonl'
     other.write_text(reviews.read_text().replace('sparkles', 'sparkled'))
-    with pytest.raises(ValueError, match='evaluated 4 other reviews than these 4: use the same --input'):
+    with pytest.raises(ValueError, match='evaluated reviews that are not among these 4: use the same --input'):
         run(other, tmp_path / 'a', before)
     with pytest.raises(ValueError, match='has results of loglikelihood and none of method generate'):
         run(reviews, tmp_path / 'a', before, '--method=generate')
