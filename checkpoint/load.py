@@ -144,8 +144,8 @@ def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
 def _refuse_misfit(spec: str, wrong: list[str]) -> None:
     if wrong:
         raise ValueError(f'load_checkpoint={spec!r} is a checkpoint of another shape than the model: '
-                         f'{native.shortened(wrong)} (check load_llama_config and update_llama_config: vocab_size, '
-                         'num_key_value_heads, num_hidden_layers, tie_word_embeddings, ..)')
+                         f'{native.shortened(wrong)} (check --load_llama_config; without it the '
+                         'sizes are those that the checkpoint states, if it does)')
 
 
 def _assemble(reader, weight: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
