@@ -19,7 +19,7 @@ class MetricsWriter:
                  wandb: dict | None = None):
         self.path = output_dir / 'metrics.jsonl'
         kept = []
-        if resume_step and self.path.exists():
+        if self.path.exists():
             kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row['step'] < resume_step]
         self.seconds_before = kept[-1]['seconds'] if kept else 0.0
         self._file = open(self.path, 'w', encoding='utf-8', buffering=1)
