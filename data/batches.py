@@ -7,16 +7,25 @@ tokens; targets are the same stream one token later.  Records straddle rows, and
 listed, so that the network need not compute logits for the others.  Shuffled every epoch, each record once.
 
 `state()` belongs to the batch last returned: after `restore(state)` comes the batch that would have followed it.
-Neighbours: records.py below, the training loop above.
+`read_dataset_state` reads one from a file.  Both read records from a RecordReader or a HuggingfaceReader.
+Neighbours: records.py and huggingface.py below, the training loop above.
 """
 import hashlib
+import json
 from collections import deque
+from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data.huggingface import HuggingfaceReader
 from data.records import Record, RecordReader
+
+Reader = RecordReader | HuggingfaceReader
+STREAM_STATE = 'start', 'index', 'dropped', 'skipped_lines', 'total_tokens'  # whole numbers of a PackedStream's state
+ROWS_STATE = 'epoch', 'batch', 'total_tokens'
 
 
 class Batch(NamedTuple):
@@ -42,39 +51,53 @@ class PackedStream:
     With C = batch_size * seq_length, a batch takes tokens [0, C) of the buffer as inputs and [1, C] as targets with
     their masks, then drops C tokens; records are read until more than C + 1 tokens wait.  `always_start_with_bos`
     overwrites column 0 of the inputs, not of the targets.  `start_seek_loc` (a byte where a line begins),
-    `example_index_at_start` and `tokens_count_at_start` begin elsewhere by hand.
+    `example_index_at_start` and `tokens_count_at_start` begin elsewhere by hand.  `metrics` averages the throughput
+    over `throughput_average_window_size` batches.
     """
 
-    def __init__(self, reader: RecordReader, *, seq_length: int, batch_size: int, always_start_with_bos: bool = False,
-                 start_seek_loc: int = 0, example_index_at_start: int = 0, tokens_count_at_start: int = 0):
+    def __init__(self, reader: Reader, *, seq_length: int, batch_size: int, always_start_with_bos: bool = False,
+                 start_seek_loc: int = 0, example_index_at_start: int = 0, tokens_count_at_start: int = 0,
+                 throughput_average_window_size: int = 200):
         _check_sizes(reader, seq_length, batch_size)
-        self.reader, self.shape, self.always_start_with_bos = reader, (batch_size, seq_length), always_start_with_bos
+        if min(start_seek_loc, example_index_at_start, tokens_count_at_start) < 0:
+            raise ValueError(f'{reader.flag}: {start_seek_loc=}, {example_index_at_start=} and '
+                             f'{tokens_count_at_start=} must not be negative')
+        reader.check_start(start_seek_loc)
+        self.reader, self.batch_size, self.seq_length = reader, batch_size, seq_length
+        self.always_start_with_bos = always_start_with_bos
         self.total_tokens = tokens_count_at_start
-        self._source = {'records': _file_identity(reader.path), 'text_processor': reader.processor.settings}
+        self._throughput = Throughput(reader, throughput_average_window_size)
+        self._source = {'records': reader.identity(), 'text_processor': reader.processor.settings}
         self._begin(start_seek_loc, example_index_at_start)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
-        count = self.shape[0] * self.shape[1]
+        self._throughput.start()
+        shape = self.batch_size, self.seq_length
+        count = self.batch_size * self.seq_length
         while len(self._tokens) <= count + 1:
             self._append(next(self._records))
         self.total_tokens += count
-        inputs = np.array(self._tokens[:count], np.int32).reshape(self.shape)
-        targets = np.array(self._tokens[1:count + 1], np.int32).reshape(self.shape)
-        loss_mask = np.array(self._loss_mask[1:count + 1], np.float32).reshape(self.shape)
+        inputs = np.array(self._tokens[:count], np.int32).reshape(shape)
+        targets = np.array(self._tokens[1:count + 1], np.int32).reshape(shape)
+        loss_mask = np.array(self._loss_mask[1:count + 1], np.float32).reshape(shape)
         if self.always_start_with_bos:
             inputs[:, 0] = self.reader.processor.tokenizer.bos_token_id
         self._drop(count)
-        segments, row_weight = np.ones(self.shape, np.int32), np.ones(self.shape[0], np.float32)
+        self._throughput.add(count)
+        segments, row_weight = np.ones(shape, np.int32), np.ones(self.batch_size, np.float32)
         return Batch(inputs, segments, None, targets, loss_mask, row_weight)
 
     @property
     def metrics(self) -> dict:
-        """The reader's place after the last batch, by EasyLM's names: byte, line (from 0), tokens so far."""
-        return {'dataset_file_loc': self._file_loc, 'dataset_example_index': self._example_index,
-                'dataset_total_tokens': self.total_tokens}
+        """The reader's place after the last batch, by EasyLM's names: byte (of a file only), record (from 0), tokens
+        so far; and the tokens per second of wall clock, the training between the batches included.
+        """
+        place = {'dataset_file_loc': self._file_loc} if self.reader.positions_are_bytes else {}
+        return place | {'dataset_example_index': self._example_index,
+                        'dataset_total_tokens': self.total_tokens} | self._throughput.metrics
 
     def state(self) -> dict:
         """JSON-able: the line that began the tokens still waiting and how many of its tokens are gone."""
@@ -84,12 +107,18 @@ class PackedStream:
 
     def restore(self, state: dict) -> None:
         """Continue after the batch whose `state()` this is.  Raises ValueError when file or text settings differ."""
+        _check_state(state, STREAM_STATE, self.reader.flag)
         _check_source(state['source'], self._source, self.reader)
+        self.reader.check_start(state['start'])
         self.total_tokens = state['total_tokens']
         self._begin(state['start'], state['index'])
         self.reader.skipped_lines = state['skipped_lines']
         if state['dropped']:
-            self._append(next(self._records))
+            head = next(self._records)
+            if head.start != state['start'] or len(head.tokens) <= state['dropped']:
+                raise ValueError(f'{self.reader.flag}: no record of {self.reader.path} with more than '
+                                 f'{state["dropped"]} tokens begins at {state["start"]}; {_DAMAGED}')
+            self._append(head)
             self._drop(state['dropped'])
 
     def _begin(self, start: int, index: int) -> None:
@@ -146,12 +175,19 @@ class Rows:
 
     A record with more than seq_length + 1 tokens is refused ('error'), left out ('drop'), or cut ('truncate'): tokens
     after bos go, so that the answer at the end stays; where the prompt is shorter than the cut, the record is
-    refused.  A record without a target is a bad line.  `counts` tells what happened to how many.
+    refused.  A record without a target is a bad line.  `counts` tells what happened to how many.  The three `_start`
+    settings of PackedStream are refused.
     """
 
-    def __init__(self, reader: RecordReader, *, seq_length: int, batch_size: int, seed: int = 42, shuffle: bool = True,
-                 too_long: str = 'error', bucket_lengths: tuple[int, ...] = (), progress: bool = True):
+    def __init__(self, reader: Reader, *, seq_length: int, batch_size: int, seed: int = 42, shuffle: bool = True,
+                 too_long: str = 'error', bucket_lengths: tuple[int, ...] = (), progress: bool = True,
+                 start_seek_loc: int = 0, example_index_at_start: int = 0, tokens_count_at_start: int = 0,
+                 throughput_average_window_size: int = 200):
         _check_sizes(reader, seq_length, batch_size)
+        if start_seek_loc or example_index_at_start or tokens_count_at_start:
+            raise ValueError(f'{reader.flag}: {start_seek_loc=}, {example_index_at_start=} and '
+                             f'{tokens_count_at_start=} must be 0 where batching=rows: rows are shuffled, so no place '
+                             'of the file begins the rest; resume the run, or set batching=stream')
         if too_long not in ('error', 'truncate', 'drop'):
             raise ValueError(f'{reader.flag}.{too_long=} must be error, truncate or drop')
         self.edges = np.array(bucket_lengths or default_buckets(seq_length))
@@ -161,24 +197,29 @@ class Rows:
         self.shuffle, self.too_long = shuffle, too_long
         self.counts = {'rows': 0, 'truncated': 0, 'dropped': 0, 'skipped_lines': 0}
         self._read(progress)
+        reader.close()
         self._widths = self._target_widths()
         self._source = {'rows_sha256': self._fingerprint(), 'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size,
                         'bucket_lengths': self.edges.tolist()}
         self.epoch, self.batch, self.total_tokens = 0, 0, 0
+        self._throughput = Throughput(reader, throughput_average_window_size)
         self._planned = None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
+        self._throughput.start()
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
         if self._planned != self.epoch:
             self._plan, self._planned = self._epoch_plan(self.epoch), self.epoch
         rows = self._plan[self.batch]
         self.batch += 1
-        self.total_tokens += sum(len(self.tokens[row]) - 1 for row in rows)
-        return self._build(rows)
+        batch, count = self._build(rows), sum(len(self.tokens[row]) - 1 for row in rows)
+        self.total_tokens += count
+        self._throughput.add(count)
+        return batch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -197,8 +238,9 @@ class Rows:
 
     @property
     def metrics(self) -> dict:
-        """Where the last batch stood."""
-        return {'dataset_epoch': self.epoch, 'dataset_batch': self.batch, 'dataset_total_tokens': self.total_tokens}
+        """Where the last batch stood, and the tokens per second as PackedStream has them."""
+        return {'dataset_epoch': self.epoch, 'dataset_batch': self.batch,
+                'dataset_total_tokens': self.total_tokens} | self._throughput.metrics
 
     def state(self) -> dict:
         """JSON-able; the permutation follows from it."""
@@ -206,7 +248,11 @@ class Rows:
 
     def restore(self, state: dict) -> None:
         """Continue after the batch whose `state()` this is.  Raises ValueError when records or settings differ."""
+        _check_state(state, ROWS_STATE, self.reader.flag)
         _check_source(state['source'], self._source, self.reader)
+        if state['batch'] > self.batches_per_epoch:
+            raise ValueError(f'{self.reader.flag}: the saved data state has batch={state["batch"]} of '
+                             f'{self.batches_per_epoch}; {_DAMAGED}')
         self.epoch, self.batch, self.total_tokens = state['epoch'], state['batch'], state['total_tokens']
 
     def _read(self, progress: bool) -> None:
@@ -231,7 +277,7 @@ class Rows:
         extra = len(record.tokens) - (self.seq_length + 1)
         if extra <= 0:
             return record
-        where = f'{self.reader.path}:{record.index + 1}'
+        where = self.reader.place(record.index)
         if self.too_long == 'error':
             raise ValueError(f'{where}: {len(record.tokens) - 1} tokens do not fit {self.reader.flag}.seq_length='
                              f'{self.seq_length}; raise it, or set --{self.reader.flag}.too_long=truncate or drop')
@@ -299,25 +345,96 @@ class Rows:
         return digest.hexdigest()
 
 
+class Throughput:
+    """Tokens per second of wall clock from the first `start()` to the last `add(tokens)`, under EasyLM's names."""
+
+    def __init__(self, reader: Reader, window: int):
+        if window < 1:
+            raise ValueError(f'{reader.flag}.throughput_average_window_size={window} must be at least 1 batch')
+        self._tokens, self._began = 0, None
+        self._recent = deque(maxlen=window + 1)  # (time, tokens until then), the oldest begins the window
+
+    def start(self) -> None:
+        if self._began is None:
+            self._began = perf_counter()
+            self._recent.append((self._began, 0))
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+        self._recent.append((perf_counter(), self._tokens))
+
+    @property
+    def metrics(self) -> dict:
+        """dataset_accumulated_tps: since the start; dataset_average_tps: over the window.  Empty before any batch."""
+        if not self._tokens:
+            return {}
+        (first, before), (last, tokens) = self._recent[0], self._recent[-1]
+        return {'dataset_accumulated_tps': round(tokens / (last - self._began), 1),
+                'dataset_average_tps': round((tokens - before) / (last - first), 1)}
+
+
+def read_dataset_state(path: str) -> dict:
+    """{'state': what `state()` gave, 'dataset': flags of the data set, nested} from JSON (--load_dataset_state).
+
+    Raises ValueError for another file, EasyLM's dataset.pkl among them: its numbers can be given as flags.
+    """
+    file = Path(path)
+    if str(path).startswith('gs://'):
+        raise ValueError(f'load_dataset_state={path!r} must be a local file; copy it first: gcloud storage cp {path} .')
+    if not file.is_file():
+        raise ValueError(f'load_dataset_state={path!r} is no file; it must name a dataset state that a run wrote')
+    raw = file.read_bytes()
+    if file.suffix in ('.pkl', '.pickle') or raw.startswith(b'\x80'):
+        raise ValueError(
+            f'load_dataset_state={path!r}: pickles are never read. Give its numbers as flags, from the metrics that '
+            "EasyLM logged: --train_dataset.json_dataset.start_seek_loc=(dataset_file_loc), "
+            '--train_dataset.json_dataset.example_index_at_start=(dataset_example_index + 1), '
+            '--train_dataset.json_dataset.tokens_count_at_start=(dataset_total_tokens). As with EasyLM, tokens that '
+            'were read but not yet in a batch are left out')
+    try:
+        saved = json.loads(raw.decode('utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'load_dataset_state={path!r} holds no valid JSON: {error}') from None
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), dict) for name in ('state', 'dataset')):
+        raise ValueError(f'load_dataset_state={path!r} must hold {{"state": {{..}}, "dataset": {{..}}}}, as a run '
+                         'writes it')
+    state = saved['state']
+    _check_state(state, ROWS_STATE if 'epoch' in state else STREAM_STATE, f'load_dataset_state={path!r}')
+    return {'state': state, 'dataset': saved['dataset']}
+
+
 def default_buckets(seq_length: int) -> tuple[int, ...]:
     """32, 40, 48, 56, 64, 80, 96, .. (four an octave) below seq_length, then seq_length; above 32 a row fills 4/5."""
     edges = [quarters << power for power in range(3, 30) for quarters in (4, 5, 6, 7)]
     return (*(edge for edge in edges if edge < seq_length), seq_length)
 
 
-def _check_sizes(reader: RecordReader, seq_length: int, batch_size: int) -> None:
+def _check_sizes(reader: Reader, seq_length: int, batch_size: int) -> None:
     if seq_length < 1 or batch_size < 1:
         raise ValueError(f'{reader.flag}: {seq_length=} and {batch_size=} must be at least 1')
 
 
-def _file_identity(path: str) -> dict:
-    """Enough to notice that a file was replaced or edited, at the cost of reading 1 MiB of it."""
-    with open(path, 'rb') as file:
-        start = hashlib.sha256(file.read(1 << 20)).hexdigest()
-        return {'size': file.seek(0, 2), 'sha256_of_first_MiB': start}
+_DAMAGED = ('the state is damaged, or belongs to other data: continue from another checkpoint or state file, or start '
+            'anew')
 
 
-def _check_source(saved: dict, ours: dict, reader: RecordReader) -> None:
+def _check_state(state: dict, numbers: tuple[str, ...], where: str) -> None:
+    """Raises ValueError unless `state` has `numbers`, whole and not negative, and a source."""
+    if not isinstance(state, dict):
+        raise ValueError(f'{where}: the saved data state is {state!r}; {_DAMAGED}')
+    if numbers == STREAM_STATE and 'epoch' in state or numbers == ROWS_STATE and 'dropped' in state:
+        other = 'rows' if 'epoch' in state else 'stream'
+        raise ValueError(f'{where}: the saved data state is one of batching={other}; continue with that')
+    for name in numbers:
+        value = state.get(name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f'{where}: the saved data state has {name}={value!r}, which must be a whole number from 0 '
+                             f'on; {_DAMAGED}')
+    if not isinstance(state.get('source'), dict):
+        raise ValueError(f'{where}: the saved data state has source={state.get("source")!r}; {_DAMAGED}')
+
+
+def _check_source(saved: dict, ours: dict, reader: Reader) -> None:
     for name in ours:
         if saved.get(name) != ours[name]:
             raise ValueError(f'{reader.flag}: cannot continue with {reader.path}: {name} was {saved.get(name)}, now it '

@@ -10,10 +10,12 @@
 
 A file has one policy for bad lines (no JSON object, invalid UTF-8, longer than 16 MiB, a field missing, of the wrong
 type or blank): refuse the first with its file:line, or skip and count them all.  Empty lines are no records; a byte
-order mark and CRLF are accepted.  Neighbours: tokenizer.py below; batches.py (records -> arrays), labelled.py above.
+order mark and CRLF are accepted.  Neighbours: tokenizer.py and parallel.py (the same in several processes) below;
+huggingface.py (records from elsewhere), batches.py (records -> arrays), labelled.py above.
 """
 import base64
 import binascii
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -21,9 +23,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.parallel import Workers
 from data.tokenizer import Tokenizer
 
 MAX_LINE_BYTES = 1 << 24
+
+
+class RawLine(NamedTuple):
+    """A line: its bytes [start, end), its index (from 0), and its text (without a byte order mark) or what is wrong."""
+
+    start: int
+    end: int
+    index: int
+    text: bytes
+    problem: str
 
 
 class Line(NamedTuple):
@@ -46,22 +59,27 @@ class Record(NamedTuple):
     index: int
 
 
-def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[Line]:
+def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[RawLine]:
     """The lines of a file from byte `start` (where line `index` begins) on, in memory bounded by MAX_LINE_BYTES."""
     with open(path, 'rb') as file:
         file.seek(start)
         while line := file.readline(MAX_LINE_BYTES + 1):
-            complete = len(line) <= MAX_LINE_BYTES or line.endswith(b'\n')
-            rest = line
-            while rest and not rest.endswith(b'\n'):
-                rest = file.readline(MAX_LINE_BYTES)
+            problem = ''
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b'\n'):
+                problem = f'the line is longer than {MAX_LINE_BYTES} bytes'
+                while line and not line.endswith(b'\n'):
+                    line = file.readline(MAX_LINE_BYTES)
+                line = b''
             end = file.tell()
-            if complete:
-                example, problem = _parse(line.removeprefix(b'\xef\xbb\xbf') if start == 0 else line)
-            else:
-                example, problem = None, f'the line is longer than {MAX_LINE_BYTES} bytes'
-            yield Line(start, end, index, example, problem)
+            yield RawLine(start, end, index, line.removeprefix(b'\xef\xbb\xbf') if start == 0 else line, problem)
             start, index = end, index + 1
+
+
+def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[Line]:
+    """The lines of a file as `raw_lines` gives them, each with its object."""
+    for line in raw_lines(path, start, index):
+        example, problem = _parse(line.text)
+        yield Line(line.start, line.end, line.index, example, line.problem or problem)
 
 
 def _parse(line: bytes) -> tuple[dict | None, str]:
@@ -168,39 +186,101 @@ def _text(example: dict, key: str) -> str:
     return value
 
 
+def tokenize(processor: TextProcessor, line: bytes) -> tuple[list[int] | None, list[float] | None, str]:
+    """(token ids, loss mask, '') of a line; (None, None, what is wrong), '' for an empty line."""
+    example, problem = _parse(line)
+    if example is None:
+        return None, None, problem
+    try:
+        return *processor(example), ''
+    except ValueError as error:
+        return None, None, str(error)
+
+
 class RecordReader:
     """The records of a JSON-lines file, in file order, with one policy for bad lines.
 
     flag: where the options stand on the command line, for messages ('train_dataset.json_dataset').
     skipped_lines: how many bad lines were passed over, in all passes; problems: the first ten of them, with file:line.
+    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, and give the same
+    records, errors and counts.  A process gets chunk_size lines at a time, and at most batch_size lines (or a chunk for
+    each process, if that is more) are read ahead.
     """
 
+    positions_are_bytes = True  # start and end of a Record
+
     def __init__(self, path: str | os.PathLike, processor: TextProcessor, *, skip_bad_lines: bool = False,
-                 flag: str = 'train_dataset.json_dataset'):
+                 flag: str = 'train_dataset.json_dataset', processes: int = 1, chunk_size: int = 32,
+                 batch_size: int = 1024):
+        if str(path).startswith('gs://'):
+            raise ValueError(f'{flag}.path={str(path)!r}: records are read from local files; copy it first: '
+                             f'gcloud storage cp {path} .')
         if not os.path.isfile(path):
             raise ValueError(f'{flag}.path={str(path)!r} is no file; it must name a file with one JSON object a line')
+        for name, value in (('processes', processes), ('parallel_chunk_size', chunk_size),
+                            ('parallel_batch_size', batch_size)):
+            if value < 1:
+                raise ValueError(f'{flag}.tokenizer_{name}={value} must be at least 1')
         self.path, self.processor, self.skip_bad_lines, self.flag = str(path), processor, skip_bad_lines, flag
         self.skipped_lines, self.problems = 0, []
+        self._processes, self._chunk_size, self._batch_size = processes, chunk_size, batch_size
+        self._workers = None
 
     def records(self, start: int = 0, index: int = 0) -> Iterator[Record]:
         """The records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
-        for line in json_lines(self.path, start, index):
-            problem = line.problem
-            if line.example is not None:
-                try:
-                    tokens, loss_mask = self.processor(line.example)
-                except ValueError as error:
-                    problem = str(error)
-            if problem:
-                self.bad(line.index, problem)
-            elif line.example is not None:
+        for line, (tokens, loss_mask, problem) in self._outcomes(raw_lines(self.path, start, index)):
+            if line.problem or problem:
+                self.bad(line.index, line.problem or problem)
+            elif tokens is not None:
                 yield Record(tokens, loss_mask, line.start, line.end, line.index)
 
     def bad(self, index: int, problem: str) -> None:
         """Refuse the line (ValueError) or count it."""
-        where = f'{self.path}:{index + 1}: {problem}'
-        if not self.skip_bad_lines:
-            raise ValueError(f'{where} (--{self.flag}.skip_bad_lines=True skips and counts such lines)')
-        self.skipped_lines += 1
-        if len(self.problems) < 10:
-            self.problems.append(where)
+        refuse_or_count(self, index, problem)
+
+    def place(self, index: int) -> str:
+        """Where a record stands, for messages."""
+        return f'{self.path}:{index + 1}'
+
+    def identity(self) -> dict:
+        """Enough to notice that the file was replaced or edited, at the cost of reading 1 MiB of it."""
+        with open(self.path, 'rb') as file:
+            start = hashlib.sha256(file.read(1 << 20)).hexdigest()
+            return {'size': file.seek(0, 2), 'sha256_of_first_MiB': start}
+
+    def check_start(self, start: int) -> None:
+        """Raises ValueError, with the next place that is one, unless a line begins at byte `start` or the file ends."""
+        with open(self.path, 'rb') as file:
+            size = file.seek(0, 2)
+            if start > size:
+                raise ValueError(f'{self.flag}.start_seek_loc={start} is beyond the end of {self.path}, which has '
+                                 f'{size} bytes; give a dataset_file_loc that was logged for this file')
+            file.seek(max(start - 1, 0))
+            if start in (0, size) or file.read(1) == b'\n':
+                return
+            file.readline()
+            raise ValueError(f'{self.flag}.start_seek_loc={start} is in the middle of a line of {self.path}; the next '
+                             f'line begins at byte {file.tell()}')
+
+    def close(self) -> None:
+        """End the tokenizer processes; `records` would start them again."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def _outcomes(self, lines: Iterator[RawLine]) -> Iterator[tuple[RawLine, tuple]]:
+        if self._processes == 1:
+            return ((line, tokenize(self.processor, line.text)) for line in lines)
+        if self._workers is None:
+            self._workers = Workers(self.processor, self._processes)
+        return self._workers.outcomes(lines, self._chunk_size, self._batch_size)
+
+
+def refuse_or_count(reader, index: int, problem: str) -> None:
+    """What a reader does with a bad record, as its `skip_bad_lines` says."""
+    where = f'{reader.place(index)}: {problem}'
+    if not reader.skip_bad_lines:
+        raise ValueError(f'{where} (--{reader.flag}.skip_bad_lines=True skips and counts such lines)')
+    reader.skipped_lines += 1
+    if len(reader.problems) < 10:
+        reader.problems.append(where)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batches import PackedStream, Rows, default_buckets
+from data import batches
+from data.batches import PackedStream, Rows, default_buckets, read_dataset_state
 from data.records import RecordReader, TextProcessor
 from data.tokenizer import load_tokenizer
 
@@ -18,8 +19,9 @@ GOLDEN = Path(__file__).parent / 'golden' / 'easylm'
 TOKENIZER = load_tokenizer(GOLDEN / 'tokenizer.model')
 
 
-def reader(path=GOLDEN / 'records.jsonl', skip_bad_lines=True, **text):
-    return RecordReader(path, TextProcessor(TOKENIZER, **(text or {'fields': 'text'})), skip_bad_lines=skip_bad_lines)
+def reader(path=GOLDEN / 'records.jsonl', skip_bad_lines=True, processes=1, **text):
+    return RecordReader(path, TextProcessor(TOKENIZER, **(text or {'fields': 'text'})), skip_bad_lines=skip_bad_lines,
+                        processes=processes, chunk_size=5, batch_size=20)
 
 
 def rows(source=None, **settings):
@@ -41,6 +43,11 @@ def sequences(batch):
         positions, targets = batch.loss_positions_BP[b][counts], batch.targets_BP[b][counts]
         found.append((tuple(tokens.tolist()), tuple(zip(positions.tolist(), targets.tolist(), strict=True))))
     return found
+
+
+def place(source):
+    """Its metrics without the two of the clock."""
+    return {name: value for name, value in source.metrics.items() if not name.endswith('_tps')}
 
 
 def assert_same(one, other):
@@ -73,7 +80,7 @@ def test_place_in_the_file_is_easylms_on_40_steps():
     assert len(steps) == 40
     for step in steps:
         next(stream)
-        assert stream.metrics == {name: step[name] for name in stream.metrics}
+        assert place(stream) == {name: step[name] for name in step if name.startswith('dataset_')}
 
 
 @pytest.mark.parametrize('seq_length, batch_size', [(64, 4), (7, 1), (128, 8)])
@@ -85,8 +92,42 @@ def test_packed_stream_resumes_exactly(seq_length, batch_size):
         resumed = PackedStream(reader(), **sizes)
         resumed.restore(json.loads(json.dumps(stream.state())))
         assert_same(next(resumed), next(stream))
-        assert resumed.metrics == stream.metrics and resumed.state() == stream.state()
+        assert place(resumed) == place(stream) and resumed.state() == stream.state()
         assert len(json.dumps(stream.state())) < 1000
+
+
+def test_packed_stream_resumes_exactly_with_any_number_of_processes(tmp_path):
+    """A stream with two processes over a file of good, bad and empty lines: at random cuts in more than two passes,
+    saved with one number of processes and resumed with the other, the next batches and states are the same, the count
+    of skipped lines among them; all passes and resumptions are served by the same processes.
+    """
+    rng, lines = np.random.default_rng(7), (GOLDEN / 'train_200.jsonl').read_bytes().splitlines()[:90]
+    for place_in_file in sorted(rng.integers(90, size=25), reverse=True):
+        lines.insert(place_in_file, (b'{"text": 5}', b'{broken', b'', b'{"other": "x"}')[rng.integers(4)])
+    path = tmp_path / 'mixed.jsonl'
+    path.write_bytes(b'\n'.join(lines))
+    two, pids = reader(path, processes=2), set()
+    for seq_length, batch_size in ((16, 4), (7, 3), (61, 5)):
+        sizes = {'seq_length': seq_length, 'batch_size': batch_size}
+        straight = PackedStream(reader(path), **sizes)
+        states, expected = [straight.state()], []
+        while straight.reader.skipped_lines < 45 or len(expected) < 4:
+            expected.append(next(straight))
+            states.append(straight.state())
+        parallel, two.skipped_lines = PackedStream(two, **sizes), 0
+        for batch, state in zip(expected, states[1:], strict=True):
+            assert_same(next(parallel), batch)
+            assert parallel.state() == state
+        for cut in rng.integers(len(expected) - 3, size=6):
+            for source in (two, reader(path)):
+                resumed = PackedStream(source, **sizes)
+                resumed.restore(json.loads(json.dumps(states[cut])))
+                for batch, state in zip(expected[cut:cut + 3], states[cut + 1:], strict=False):
+                    assert_same(next(resumed), batch)
+                    assert resumed.state() == state
+        pids.add(tuple(process.pid for process in two._workers._processes))
+    two.close()
+    assert len(pids) == 1
 
 
 def test_a_batch_waits_for_one_token_more_than_it_needs(tmp_path):
@@ -105,32 +146,140 @@ def test_packed_stream_may_begin_elsewhere_by_hand():
                           example_index_at_start=1, tokens_count_at_start=1000)
     tokens = reader(GOLDEN / 'train_200.jsonl').processor(json.loads(lines[1]))[0]
     assert next(stream).tokens_BT[0].tolist() == tokens[:8]
-    assert stream.metrics == {'dataset_file_loc': len(lines[0] + lines[1]), 'dataset_example_index': 1,
-                              'dataset_total_tokens': 1008}
+    assert place(stream) == {'dataset_file_loc': len(lines[0] + lines[1]), 'dataset_example_index': 1,
+                             'dataset_total_tokens': 1008}
 
 
-def test_packed_stream_refuses_a_file_without_records(tmp_path):
-    """... instead of reading it for ever."""
-    for examples in ([], [{'other': 'x'}]):
-        with pytest.raises(ValueError, match='no usable record'):
-            next(PackedStream(reader(write(tmp_path, *examples)), seq_length=8, batch_size=1))
+def test_packed_stream_begins_where_a_line_does(tmp_path):
+    """A byte in the middle of a line is refused with the byte where the next begins, one beyond the end with the size;
+    the very end is a beginning: that of the next pass, as with EasyLM.
+    """
+    path = tmp_path / 'three.jsonl'
+    path.write_bytes(b'{"text": "a"}\n{"text": "bb"}\n{"text": "ccc"}')
+    begin = lambda byte: PackedStream(reader(path), seq_length=2, batch_size=1, start_seek_loc=byte)
+    for byte in range(44):
+        if byte in (0, 14, 29, 44):
+            continue
+        with pytest.raises(ValueError, match=f'start_seek_loc={byte} is in the middle of a line .* byte '
+                                             f'{min(end for end in (14, 29, 44) if end > byte)}'):
+            begin(byte)
+    with pytest.raises(ValueError, match='start_seek_loc=45 is beyond the end .* 44 bytes'):
+        begin(45)
+    assert [next(begin(byte)).targets_BP[0].tolist() for byte in (0, 14, 29, 44)] == [
+        reader(path).processor({'text': text})[0][1:3] for text in ('a', 'bb', 'ccc', 'a')]
 
 
-def test_state_of_other_data_is_refused(tmp_path):
-    """A file of the same size with other words, other fields, another batch size of rows: the text says which."""
-    state = PackedStream(reader(), seq_length=8, batch_size=1).state()
-    with pytest.raises(ValueError, match='text_processor was'):
-        PackedStream(reader(fields='answer'), seq_length=8, batch_size=1).restore(state)
-    path = tmp_path / 'same_size.jsonl'
-    path.write_bytes((GOLDEN / 'records.jsonl').read_bytes().replace(b'fine', b'dull').replace(b'never', b'often'))
-    with pytest.raises(ValueError, match='records was'):
-        PackedStream(reader(path), seq_length=8, batch_size=1).restore(state)
-    for other in ({'batch_size': 4}, {'seed': 1}, {'source': reader(fields='prompt')}):
-        with pytest.raises(ValueError, match='cannot continue'):
-            rows(**other).restore(rows().state())
+@pytest.mark.parametrize('name', ['start_seek_loc', 'example_index_at_start', 'tokens_count_at_start'])
+def test_beginning_by_hand_is_for_streams(name):
+    """A stream refuses a negative number; rows, which are shuffled, every number but 0."""
+    with pytest.raises(ValueError, match=f'{name}=-1'):
+        PackedStream(reader(), seq_length=8, batch_size=1, **{name: -1})
+    with pytest.raises(ValueError, match=f'{name}=1.*batching=stream'):
+        rows(**{name: 1})
+
+
+@pytest.mark.parametrize('kind', ['stream', 'rows'])
+def test_throughput(kind, monkeypatch):
+    """With batches that take 1, 2, 3, .. seconds: all tokens over all the time, and those of the last two batches over
+    the time that these took.  Before the first batch there is none.
+    """
+    window = {'throughput_average_window_size': 2}
+    source = PackedStream(reader(), seq_length=8, batch_size=4, **window) if kind == 'stream' else rows(**window)
+    assert 'dataset_average_tps' not in source.metrics
+    clock, counts = iter([0, 1, 3, 6, 10]), []
+    monkeypatch.setattr(batches, 'perf_counter', lambda: next(clock))
+    for seconds, seconds_of_two in ((1, 1), (3, 3), (6, 5), (10, 7)):
+        before = source.total_tokens
+        next(source)
+        counts.append(source.total_tokens - before)
+        assert source.metrics['dataset_accumulated_tps'] == round(sum(counts) / seconds, 1)
+        assert source.metrics['dataset_average_tps'] == round(sum(counts[-2:]) / seconds_of_two, 1)
+    with pytest.raises(ValueError, match='throughput_average_window_size=0'):
+        type(source)(reader(), seq_length=128, batch_size=1, throughput_average_window_size=0)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'start': '0'}, "start='0'"), ({'index': -1}, 'index=-1'), ({'dropped': None}, 'dropped=None'),
+    ({'skipped_lines': True}, 'skipped_lines=True'), ({'total_tokens': 1.0}, 'total_tokens=1.0'),
+    ({'source': None}, 'source=None'), ({'start': 1}, 'middle of a line'), ({'start': 10**9}, 'beyond the end'),
+    ({'dropped': 10**6}, 'no record .* more than 1000000 tokens'), ({'epoch': 1}, 'batching=rows'),
+])
+def test_damaged_state_of_a_stream_is_refused(change, message):
+    """Wrong type, negative number, place that is none, more tokens gone than the record has, a state of rows."""
+    stream = PackedStream(reader(), seq_length=8, batch_size=1)
+    next(stream)
+    stream.restore(stream.state())
+    with pytest.raises(ValueError, match=message):
+        stream.restore(stream.state() | change)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'epoch': '0'}, "epoch='0'"), ({'batch': -1}, 'batch=-1'), ({'batch': 9}, 'batch=9 of 8'),
+    ({'source': []}, r'source=\[\]'),
+])
+def test_damaged_state_of_rows_is_refused(change, message):
+    """The same for rows."""
+    source = rows()
+    with pytest.raises(ValueError, match=message):
+        source.restore(source.state() | change)
+    for other, message in ((None, 'state is None'), (STATE, 'batching=stream')):
+        with pytest.raises(ValueError, match=message):
+            source.restore(other)
+
+
+def test_state_file(tmp_path):
+    """What a run writes is read back, and begins the stream where it was."""
+    path, stream = tmp_path / 'dataset.json', PackedStream(reader(), seq_length=8, batch_size=4)
+    next(stream)
+    written = {'state': stream.state(), 'dataset': {'json_dataset': {'seq_length': 8}}}
+    path.write_text(json.dumps(written))
+    assert read_dataset_state(str(path)) == written
+    path.write_text(json.dumps(written | {'state': rows().state()}))
+    assert read_dataset_state(str(path))['state'] == rows().state()
+
+
+STATE = {'start': 0, 'index': 0, 'dropped': 0, 'skipped_lines': 0, 'total_tokens': 0, 'source': {}}
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'{"state": ', 'no valid JSON'), (b'\xff', 'no valid JSON'), (b'[1]', 'must hold'),
+    (json.dumps({'state': STATE}), 'must hold'), (json.dumps({'state': 1, 'dataset': {}}), 'must hold'),
+    (json.dumps({'state': STATE | {'start': -5}, 'dataset': {}}), 'start=-5'),
+    (json.dumps({'state': {'epoch': 0, 'batch': 1.5}, 'dataset': {}}), 'batch=1.5'),
+    (b'\x80\x04\x95', 'pickles are never read'),
+])
+def test_state_file_that_is_none_is_refused(tmp_path, content, message):
+    """Cut off, of other content, with numbers that are none, pickled; the text names the flag and the file."""
+    path = tmp_path / 'dataset.json'
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_dataset_state(str(path))
+    assert f'load_dataset_state={str(path)!r}' in str(caught.value)
+
+
+def test_pickled_state_is_not_read(tmp_path):
+    """EasyLM's dataset.pkl: the text names the flags that take its numbers; a bucket's file is to be copied first."""
+    (tmp_path / 'dataset.pkl').write_bytes(b'cos\nsystem\n')
+    with pytest.raises(ValueError, match='start_seek_loc=.*dataset_file_loc.*tokens_count_at_start'):
+        read_dataset_state(str(tmp_path / 'dataset.pkl'))
+    with pytest.raises(ValueError, match='gcloud storage cp'):
+        read_dataset_state('gs://bucket/dataset.json')
+    with pytest.raises(ValueError, match='is no file'):
+        read_dataset_state(str(tmp_path / 'none.json'))
 
 
 # Rows
+
+
+def test_rows_of_two_processes_are_those_of_one():
+    """The same batches and counts, and no process stays once the set is tokenized."""
+    two = reader(processes=2, fields='[prompt],answer')
+    started = []
+    two._outcomes, outcomes = lambda lines: started.append(two) or outcomes(lines), two._outcomes
+    source, alone = rows(two), rows()
+    assert started and two._workers is None and source.counts == alone.counts
+    for _ in range(source.batches_per_epoch):
+        assert_same(next(source), next(alone))
 
 
 def test_an_epoch_has_every_record_once():
@@ -214,7 +363,7 @@ def test_rows_resume_exactly():
         resumed.restore(json.loads(json.dumps(source.state())))
     for _ in range(10):
         assert_same(next(source), next(resumed))
-        assert source.metrics == resumed.metrics
+        assert place(source) == place(resumed)
 
 
 def test_little_is_padding():

@@ -1,0 +1,171 @@
+"""Tokenizing in worker processes: what one process makes of each line, in the order of the lines.
+
+A worker is this file run as a program (`python -m data.parallel`).  It is told the tokenizer and the text settings
+once and then answers chunk after chunk of lines.  It is neither a fork (JAX has threads) nor one of multiprocessing's
+(whose start imports the main program, JAX with it, and which pickles).  Its input ends when the program that started
+it does, however that ends, and with its input it ends itself.
+
+A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.  Neighbour: records.py, on both sides.
+"""
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data.tokenizer import Tokenizer, tokenizer_from_json
+
+ROOT = Path(__file__).parent.parent
+
+
+class Workers:
+    """Processes that tokenize as `processor` (a records.TextProcessor) does.  They live until `close()` or until
+    nothing refers to this object.  Raises ChildProcessError when one of them ends before its time.
+    """
+
+    def __init__(self, processor, processes: int):
+        self._processes = [subprocess.Popen([sys.executable, '-m', 'data.parallel'], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, cwd=ROOT, process_group=0)  # Ctrl-C is not theirs
+                           for _ in range(processes)]
+        self._idle, self._threads = queue.SimpleQueue(), ThreadPoolExecutor(processes, 'tokenize')
+        self.close = weakref.finalize(self, _end, self._processes, self._threads)
+        tokenizer = processor.tokenizer
+        greeting = dict(file_name=tokenizer.file_name, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id,
+                        pad=tokenizer.pad_token_id, settings=processor.settings)
+        for process in self._processes:
+            ready, _ = _ask(process, greeting, tokenizer.source_bytes)
+            assert ready['settings'] == processor.settings, 'a worker made another tokenizer of the same bytes'
+            self._idle.put(process)
+
+    def outcomes(self, lines: Iterable, chunk_size: int, batch_size: int) -> Iterator[tuple]:
+        """(line, `records.tokenize` of line.text) for each line, in order.
+
+        A worker gets `chunk_size` lines at a time; at most `batch_size` lines, or one chunk for each worker if that
+        is more, are read and tokenized ahead of what was taken.
+        """
+        lines, pending = iter(lines), deque()
+        ahead = max(len(self._processes), batch_size // chunk_size)
+        try:
+            while chunk := list(islice(lines, chunk_size)):
+                pending.append((chunk, self._submit(chunk)))
+                if len(pending) == ahead:
+                    yield from _answered(*pending.popleft())
+            while pending:
+                yield from _answered(*pending.popleft())
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+    def _submit(self, chunk: list) -> Future:
+        header, body = {'lengths': [len(line.text) for line in chunk]}, b''.join(line.text for line in chunk)
+        return self._threads.submit(_ask_idle, self._idle, header, body)
+
+
+def _answered(chunk: list, future: Future) -> Iterator[tuple]:
+    header, body = future.result()
+    count = sum(max(length, 0) for length in header['lengths'])
+    tokens = np.frombuffer(body, '<i4', count).tolist()
+    loss_mask = np.frombuffer(body, 'u1', count, offset=4 * count).astype(float).tolist()
+    start = 0
+    for line, length, problem in zip(chunk, header['lengths'], header['problems'], strict=True):
+        end = start + max(length, 0)
+        yield line, ((None, None, problem) if length < 0 else (tokens[start:end], loss_mask[start:end], problem))
+        start = end
+
+
+def _ask_idle(idle: queue.SimpleQueue, header: dict, body: bytes) -> tuple[dict, bytes]:
+    process = idle.get()
+    try:
+        return _ask(process, header, body)
+    finally:
+        idle.put(process)
+
+
+def _ask(process: subprocess.Popen, header: dict, body: bytes) -> tuple[dict, bytes]:
+    try:
+        _write(process.stdin, header, body)
+        answer = _read(process.stdout)
+    except BrokenPipeError:
+        answer = None
+    if answer is None:
+        raise ChildProcessError(f'a tokenizer process ended with code {process.wait()} (negative: killed by that '
+                                'signal; is the memory full?); with tokenizer_processes=1 there are none')
+    return answer
+
+
+def _end(processes: list[subprocess.Popen], threads: ThreadPoolExecutor) -> None:
+    for process in processes:
+        process.terminate()
+    threads.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was not sent yet has nobody to go to
+                pipe.close()
+
+
+def _write(pipe, header: dict, body: bytes) -> None:
+    pipe.write(json.dumps(header | {'bytes': len(body)}).encode() + b'\n' + body)
+    pipe.flush()
+
+
+def _read(pipe) -> tuple[dict, bytes] | None:
+    """The next frame; None where the other side has ended, be it in the middle of one."""
+    line = pipe.readline()
+    if not line.endswith(b'\n'):
+        return None
+    header = json.loads(line)
+    body = pipe.read(header['bytes'])
+    return (header, body) if len(body) == header['bytes'] else None
+
+
+# ---------------------------------------------------------------- the worker
+
+
+def main() -> None:
+    from data.records import TextProcessor, tokenize  # records.py imports this file
+
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
+    os.dup2(2, 1)  # whatever a library prints must not stand between the frames
+    frame = _read(requests)
+    if frame is None:
+        return
+    greeting, source_bytes = frame
+    settings = {name: value for name, value in greeting['settings'].items() if name != 'tokenizer'}
+    processor = TextProcessor(_rebuild(greeting, source_bytes), **settings)
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for the answer any more
+        _write(answers, {'settings': processor.settings}, b'')
+        while (frame := _read(requests)) is not None:
+            header, body = frame
+            lengths, problems, tokens, loss_mask, start = [], [], [], [], 0
+            for length in header['lengths']:
+                of_line, mask_of_line, problem = tokenize(processor, body[start:start + length])
+                start += length
+                problems.append(problem)
+                lengths.append(-1 if of_line is None else len(of_line))
+                tokens += of_line or []
+                loss_mask += mask_of_line or []
+            _write(answers, {'lengths': lengths, 'problems': problems},
+                   np.array(tokens, '<i4').tobytes() + np.array(loss_mask, 'u1').tobytes())
+
+
+def _rebuild(greeting: dict, source_bytes: bytes) -> Tokenizer:
+    ids = greeting['bos'], greeting['eos'], greeting['pad']
+    if greeting['file_name'].endswith('.json'):
+        return tokenizer_from_json(source_bytes.decode('utf-8'), *ids)
+    model = sentencepiece.SentencePieceProcessor(model_proto=source_bytes)
+    return Tokenizer(source_bytes, greeting['file_name'], model.encode, model.decode, model.get_piece_size(), *ids)
+
+
+if __name__ == '__main__':
+    main()
