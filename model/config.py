@@ -76,12 +76,15 @@ class Compute:
 
     dtype: of activations and of the weights as they enter a matrix product, 'fp32' or 'bf16'; parameters stay f32.
     attention: the implementation, by name (model/attention.py).
-    remat: what the backward pass keeps of a layer, by name (model/llama.py, REMAT_POLICIES); '' recomputes nothing.
+    remat_block, remat_attention, remat_mlp: what the backward pass keeps of a layer, of its attention and of its ffn,
+    by name (model/llama.py, REMAT_POLICIES); '' recomputes nothing.
     """
 
     dtype: str = 'fp32'
     attention: str = 'reference'
-    remat: str = ''
+    remat_block: str = ''
+    remat_attention: str = ''
+    remat_mlp: str = ''
 
 
 def _easylm(hidden_size, intermediate_size, layers, heads, **more):
@@ -118,7 +121,8 @@ MODELS = {
 
 
 def named_config(name: str) -> LlamaConfig:
-    """`--load_llama_config`: a name of MODELS, or `json::FILE` (EasyLM's spelling) with fields of LlamaConfig.
+    """`--load_llama_config`: a name of MODELS, or `json::FILE` (EasyLM's spelling) with fields of LlamaConfig,
+    at its top or under `llama_config` (the metadata.json that train.py writes beside EasyLM files).
 
     Raises ValueError that lists the names, or names the file and field at fault.
     """
@@ -128,11 +132,14 @@ def named_config(name: str) -> LlamaConfig:
     if separator and kind == 'json':
         try:
             with open(path, encoding='utf-8') as file:
-                return config_from_dict(json.load(file), source=path)
+                values = json.load(file)
         except OSError as error:
             raise ValueError(f'load_llama_config={name!r} cannot be read: {error.strerror}') from None
         except json.JSONDecodeError as error:
             raise ValueError(f'load_llama_config: {path}:{error.lineno} is not JSON: {error.msg}') from None
+        if not isinstance(values, dict):
+            raise ValueError(f'load_llama_config: {path} must hold a JSON object')
+        return config_from_dict(values.get('llama_config', values), source=path)
     if separator and kind == 'pickle':
         raise ValueError(f'load_llama_config={name!r}: pickle files are never read (unpickling runs code); '
                          'give a name, or write the sizes to a JSON file and use json::FILE')
@@ -159,6 +166,18 @@ def config_from_dict(values: dict, source: str) -> LlamaConfig:
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'{source}: {name}={value!r} must be finite')
     return LlamaConfig(**values)
+
+
+def updated(config: LlamaConfig, changes: dict, source: str) -> LlamaConfig:
+    """`config` with some fields changed; head_dim and num_key_value_heads follow hidden_size and num_attention_heads
+    where they did before.  Raises ValueError as `config_from_dict`.
+    """
+    values = config_to_dict(config)
+    if config.head_dim * config.num_attention_heads == config.hidden_size:
+        values['head_dim'] = 0
+    if config.num_key_value_heads == config.num_attention_heads:
+        values['num_key_value_heads'] = 0
+    return config_from_dict(values | changes, source)
 
 
 def config_to_dict(config: LlamaConfig) -> dict:

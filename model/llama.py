@@ -25,7 +25,8 @@ from model.config import Compute, LlamaConfig
 from model.partition import WeightSpec, all_gather, pytree, reduce_scatter, specs_of, weight
 
 Array = jax.Array
-DTYPES = {'fp32': jnp.float32, 'float32': jnp.float32, 'bf16': jnp.bfloat16, 'bfloat16': jnp.bfloat16}
+DTYPES = {'fp32': jnp.float32, 'float32': jnp.float32, 'bf16': jnp.bfloat16, 'bfloat16': jnp.bfloat16,
+          'fp16': jnp.float16, 'float16': jnp.float16}
 REMAT_POLICIES = {  # what the backward pass finds saved of each layer, by EasyLM's names; '' keeps everything it needs
     'nothing_saveable': jax.checkpoint_policies.nothing_saveable,
     'checkpoint_dots': jax.checkpoint_policies.checkpoint_dots,
@@ -123,25 +124,33 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     rope = rope_table(positions_BT, config)
 
+    def attention(n_BTM, w, rope, cache, index):
+        return attention_block(n_BTM, w, rope, positions_BT, segments_BT, config, compute, cache, index)
+
+    attention = rematerialized(attention, compute.remat_attention)
+    ffn = rematerialized(lambda n_BTM, w: ffn_block(n_BTM, w, dtype), compute.remat_mlp)
+
     def step(carry, layer_and_index):
         h, cache = carry
         w, index = layer_and_index
         with jax.named_scope('attention'):
             n_BTM = gather_sequence(rms_norm(h, w.attention_norm, config), split_sequence)
-            partial_BTM, cache = attention_block(n_BTM, w, rope, positions_BT, segments_BT, config, compute, cache,
-                                                 index)
+            partial_BTM, cache = attention(n_BTM, w, rope, cache, index)
             h = h + sum_partial(partial_BTM, split_sequence)
         with jax.named_scope('ffn'):
             n_BTM = gather_sequence(rms_norm(h, w.ffn_norm, config), split_sequence)
-            h = h + sum_partial(ffn_block(n_BTM, w, dtype), split_sequence)
+            h = h + sum_partial(ffn(n_BTM, w), split_sequence)
         return (h, cache), None
 
-    if compute.remat:
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
     h = embed(params.embedding, tokens_BT, dtype, split_sequence)
     indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-    (h, cache), _ = lax.scan(step, (h, cache), (params.layers, indices))
+    (h, cache), _ = lax.scan(rematerialized(step, compute.remat_block), (h, cache), (params.layers, indices))
     return gather_sequence(rms_norm(h, params.final_norm, config), split_sequence), cache
+
+
+def rematerialized(function, policy: str):
+    """`function`, of whose insides the backward pass finds only what the policy saves."""
+    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=False) if policy else function
 
 
 def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Array:

@@ -149,21 +149,27 @@ def test_bf16_compute_stays_near_float32():
 
 
 def test_remat_changes_no_gradient():
-    """What is recomputed is what was computed: gradients under each policy equal those without, to reassociation."""
+    """What is recomputed is what was computed: gradients under each policy, of the layer, its attention or its ffn,
+    equal those without, to reassociation; and nothing_saveable makes the backward pass compute more products.
+    """
     params = llama.init_params(TINY, one_device(), 5)
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
 
-    def gradient(remat):
+    def gradient(**remat):
         def call(params, tokens_BT):
             def mean(params):
-                h, _ = llama.hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), TINY, Compute(remat=remat))
+                h, _ = llama.hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), TINY, Compute(**remat))
                 return jax.lax.psum(h.sum(), ('dp', 'fsdp', 'mp'))
             return jax.grad(mean)(params)
-        return on_mesh(call, TINY, one_device(), llama.partitions(TINY))(params, tokens)
+        compiled = on_mesh(call, TINY, one_device(), llama.partitions(TINY)).lower(params, tokens)
+        return compiled.compile()(params, tokens), compiled.as_text().count('dot_general')
 
-    plain = gradient('')
-    for policy in llama.REMAT_POLICIES:
-        jax.tree.map(lambda a, b: assert_close(b, a, 1e-5), plain, gradient(policy))
+    plain, products = gradient()
+    cases = [dict(remat_block=policy) for policy in llama.REMAT_POLICIES]
+    for remat in [*cases, dict(remat_attention='nothing_saveable'), dict(remat_mlp='nothing_saveable')]:
+        gradients, more = gradient(**remat)
+        jax.tree.map(lambda a, b: assert_close(b, a, 1e-5), plain, gradients)
+        assert more > products or 'nothing_saveable' not in remat.values(), remat
 
 
 def test_chunked_cross_entropy_equals_whole(monkeypatch):

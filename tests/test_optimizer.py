@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from model.partition import WeightSpec
 from training import optimizer
-from training.optimizer import AdamW
+from training.optimizer import AdamW, Palm
 
 CASES = ('adamw_f32', 'adamw_bf16', 'param_scale_f32', 'param_scale_bf16', 'param_scale_bf16_accumulate2')
 
@@ -42,3 +42,29 @@ def test_trajectory_equals_easylm(golden, case):
         for name, expected in tree(f'param/{n}/').items():
             bound = 1e-6 * np.abs(expected).max()
             np.testing.assert_allclose(params[name], expected, rtol=0, atol=bound, err_msg=f'{name} after step {n}')
+
+
+def test_palm_is_adafactor_with_its_own_schedules():
+    """Ten steps against the equations in float64: lr 2 / sqrt(max(n, 4)), weight decay 3 lr²; within 1e-6."""
+    hyper = Palm(lr=0.02, lr_warmup_steps=4, b1=0.8, b2=0.9, clip_gradient=1e9, weight_decay=3e-4)
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=(8, 16))
+    params = {'w': p.astype(np.float32)}
+    state, m, v = optimizer.init(params, hyper), 0.0, 0.0
+    for n in range(10):
+        g = rng.normal(size=p.shape).astype(np.float32)
+        params, state = optimizer.update(params, {'w': g}, state, hyper, plain_specs(params))
+        lr, beta = 2 / np.sqrt(max(n, 4)), 1 - (n + 1) ** -0.9
+        v = beta * v + (1 - beta) * np.float64(g) ** 2
+        m = 0.8 * m + 0.2 * lr * g / np.sqrt(v) * np.sqrt(np.mean(p * p))
+        p = p - m - 3 * lr**2 * p
+        np.testing.assert_allclose(params['w'], p, rtol=0, atol=1e-6 * np.abs(p).max(), err_msg=str(n))
+
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(lr=0.0), 'palm_optimizer.lr=0.0 must be above 0'), (dict(lr_warmup_steps=0), 'lr_warmup_steps=0 at least 1'),
+    (dict(b2=1.0), r'palm_optimizer.b1=0.9 must lie in \[0, 1\) and b2=1.0'),
+    (dict(clip_gradient=0.0), 'palm_optimizer.clip_gradient=0.0 must be above 0')])
+def test_palm_refuses_what_cannot_work(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Palm(**wrong)

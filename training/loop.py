@@ -16,12 +16,14 @@ from training.step import TrainState
 
 
 class Schedule(NamedTuple):
-    """Which micro-steps do what.  Steps count from 0; save_every=0 saves only at the end (the caller does that)."""
+    """Which micro-steps do what.  Steps count from 0.  save_every: saved at every multiple of one of these; 0 is none
+    (the caller saves the end).
+    """
 
     start_step: int
     total_steps: int
     log_every: int
-    save_every: int
+    save_every: tuple[int, ...]
 
 
 class CompiledStep:
@@ -83,7 +85,7 @@ def train(state: TrainState, batches: Iterator[Batch], jitted_step, mesh: Mesh, 
                 bar.set_postfix(loss=f'{row["loss"]:.4f}', accuracy=f'{row["accuracy"]:.3f}',
                                 lr=f'{row["learning_rate"]:.2g}', tok_s=f'{row["tokens_per_second"]:.0f}')
             bar.update()
-            if schedule.save_every and done % schedule.save_every == 0 and done < total:
+            if done < total and any(every and done % every == 0 for every in schedule.save_every):
                 check_finite({name: float(value) for name, value in metrics.items()}, n)
                 save(state, done)
     return state

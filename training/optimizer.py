@@ -1,7 +1,7 @@
 """AdamW as the article ran it: one straight function on trees, float32 arithmetic on bfloat16 momentum.
 
-Two optimizers share the flags, as in EasyLM (optimizers.py) over optax 0.1.7; n = 0, 1, ... counts optimizer steps, t =
-n + 1:
+Two optimizers share `optimizer.adamw_optimizer.*`, as in EasyLM (optimizers.py) over optax 0.1.7; n = 0, 1, ... counts
+optimizer steps, t = n + 1:
 
   both        g = g * min(1, clip / |g|)        |g| over all weights          lr = schedule(n)
 
@@ -15,6 +15,10 @@ n + 1:
               u = lr g / sqrt(v) * max(RMS(p), 1e-3)            RMS of one layer's matrix, before the update
               m = b1 m + (1 - b1) u             the average is over updates that already hold the learning rate
               p = p - m - lr weight_decay p
+
+`optimizer.palm_optimizer.*` is the second one with the schedules of PaLM (Chowdhery et al., 2204.02311, section 5):
+
+              lr = (lr / 0.01) / sqrt(max(n, warmup))         p = p - m - (weight_decay / 1e-4) lr² p
 
 With bf16_momentum, m is stored rounded to bfloat16 but used unrounded; b1 is rounded to bfloat16 (0.9 -> 0.8984375)
 while its product with m is not (that is what XLA makes of optax's expression).  All weights decay, norms and embeddings
@@ -54,13 +58,61 @@ class AdamW:
     def __post_init__(self):
         if not self.lr > 0:
             raise ValueError(f'optimizer.adamw_optimizer.lr={self.lr} must be above 0')
-        if not 0 <= self.b1 < 1 or not 0 < self.b2 < 1:
-            raise ValueError(f'optimizer.adamw_optimizer.b1={self.b1} must lie in [0, 1) and b2={self.b2} in (0, 1)')
+        _check('adamw_optimizer', self)
         if self.lr_decay_steps <= self.lr_warmup_steps or self.lr_warmup_steps < 0:
             raise ValueError(f'optimizer.adamw_optimizer.lr_decay_steps={self.lr_decay_steps} must '
                              f'exceed lr_warmup_steps={self.lr_warmup_steps}: it counts from step 0, warmup included')
-        if not self.clip_gradient > 0:
-            raise ValueError(f'optimizer.adamw_optimizer.clip_gradient={self.clip_gradient} must be above 0')
+
+    def schedule(self, n: jax.Array) -> jax.Array:
+        """Learning rate of optimizer step n: linear from init_lr to lr, then a cosine that ends at lr_decay_steps."""
+        n, warmup = f32(n), self.lr_warmup_steps
+        rising = (self.init_lr - self.lr) * (1 - n / max(warmup, 1)) + self.lr
+        progress = jnp.minimum(n - warmup, self.lr_decay_steps - warmup) / (self.lr_decay_steps - warmup)
+        end = self.end_lr / self.lr
+        falling = self.lr * ((1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)) + end)
+        return jnp.where(n < warmup, rising, falling)
+
+    def decay(self, n: jax.Array) -> jax.Array:
+        """The part of a weight that step n takes away."""
+        return self.schedule(n) * self.weight_decay
+
+
+@dataclasses.dataclass(frozen=True)
+class Palm:
+    """Hyperparameters, named and defaulted as EasyLM's `optimizer.palm_optimizer.*` flags."""
+
+    lr: float = 0.01
+    lr_warmup_steps: int = 10000
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_gradient: float = 1.0
+    weight_decay: float = 1e-4
+    bf16_momentum: bool = False
+    multiply_by_parameter_scale = True  # no flag: it always does
+
+    def __post_init__(self):
+        if not self.lr > 0 or self.lr_warmup_steps < 1:
+            raise ValueError(f'optimizer.palm_optimizer.lr={self.lr} must be above 0 and '
+                             f'lr_warmup_steps={self.lr_warmup_steps} at least 1')
+        _check('palm_optimizer', self)
+
+    def schedule(self, n: jax.Array) -> jax.Array:
+        """Learning rate of optimizer step n: constant for the warmup, then falling as 1 / sqrt(n)."""
+        return self.lr / 0.01 * lax.rsqrt(jnp.maximum(f32(n), self.lr_warmup_steps))
+
+    def decay(self, n: jax.Array) -> jax.Array:
+        """The part of a weight that step n takes away."""
+        return self.weight_decay / 1e-4 * self.schedule(n) ** 2
+
+
+Hyperparameters = AdamW | Palm
+
+
+def _check(name: str, hyper: Hyperparameters) -> None:
+    if not 0 <= hyper.b1 < 1 or not 0 < hyper.b2 < 1:
+        raise ValueError(f'optimizer.{name}.b1={hyper.b1} must lie in [0, 1) and b2={hyper.b2} in (0, 1)')
+    if not hyper.clip_gradient > 0:
+        raise ValueError(f'optimizer.{name}.clip_gradient={hyper.clip_gradient} must be above 0')
 
 
 @pytree
@@ -72,25 +124,15 @@ class OptimizerState:
     second_moment: object
 
 
-def init(params, hyper: AdamW) -> OptimizerState:
+def init(params, hyper: Hyperparameters) -> OptimizerState:
     momentum_dtype = jnp.bfloat16 if hyper.bf16_momentum else f32
     return OptimizerState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, momentum_dtype), params),
                           jax.tree.map(jnp.zeros_like, params))
 
 
-def schedule(hyper: AdamW, n: jax.Array) -> jax.Array:
-    """Learning rate of optimizer step n: linear from init_lr to lr, then a cosine that ends at lr_decay_steps."""
-    n, warmup = f32(n), hyper.lr_warmup_steps
-    rising = (hyper.init_lr - hyper.lr) * (1 - n / max(warmup, 1)) + hyper.lr
-    progress = jnp.minimum(n - warmup, hyper.lr_decay_steps - warmup) / (hyper.lr_decay_steps - warmup)
-    end = hyper.end_lr / hyper.lr
-    falling = hyper.lr * ((1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)) + end)
-    return jnp.where(n < warmup, rising, falling)
-
-
-def update(params, grads, state: OptimizerState, hyper: AdamW, specs):
+def update(params, grads, state: OptimizerState, hyper: Hyperparameters, specs):
     """One optimizer step: (new params, new state).  All trees have the leaves of `specs`."""
-    t, lr = f32(state.count + 1), schedule(hyper, state.count)
+    t, lr, decay = f32(state.count + 1), hyper.schedule(state.count), hyper.decay(state.count)
     norm = global_norm(grads, specs)
     b1 = f32(jnp.bfloat16(hyper.b1)) if hyper.bf16_momentum else hyper.b1
 
@@ -101,12 +143,12 @@ def update(params, grads, state: OptimizerState, hyper: AdamW, specs):
             v = beta * v + (1 - beta) * (g * g + 1e-30)
             u = lr * (g * lax.rsqrt(v)) * jnp.maximum(root_mean_square(p, spec), 1e-3)
             m = b1 * f32(m) + (1 - hyper.b1) * u
-            step = m + lr * hyper.weight_decay * p
+            step = m + decay * p
         else:
             m = b1 * f32(m) + (1 - hyper.b1) * g
             v = hyper.b2 * v + (1 - hyper.b2) * g * g
             u = m / (1 - hyper.b1 ** t) / (jnp.sqrt(v / (1 - hyper.b2 ** t)) + 1e-8)
-            step = lr * (u + hyper.weight_decay * p)
+            step = lr * u + decay * p
         return p - step, m.astype(jnp.bfloat16 if hyper.bf16_momentum else f32), v
 
     trees = map(jax.tree.leaves, (params, grads, state.momentum, state.second_moment))

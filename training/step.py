@@ -40,7 +40,7 @@ def state_partitions(config: LlamaConfig, accumulate: int) -> TrainState:
                       weights if accumulate > 1 else None)
 
 
-def init_state(params: llama.Llama, config: LlamaConfig, hyper: optimizer.AdamW, accumulate: int,
+def init_state(params: llama.Llama, config: LlamaConfig, hyper: optimizer.Hyperparameters, accumulate: int,
                mesh: Mesh) -> TrainState:
     """A fresh TrainState around `params` (which it takes over: they are donated)."""
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_partitions(config, accumulate))
@@ -62,7 +62,8 @@ def batch_loss(params: llama.Llama, batch: Batch, config: LlamaConfig, compute: 
     return loss.row_mean_loss(nll_BP, correct_BP, batch.loss_mask_BP, batch.row_weight_B)
 
 
-def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.AdamW, accumulate: int, mesh: Mesh):
+def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Hyperparameters, accumulate: int,
+                    mesh: Mesh):
     """The jitted `(TrainState, Batch) -> (TrainState, metrics)`; the state is donated.
 
     metrics: float32 scalars loss, accuracy, learning_rate (the schedule at the number of optimizer steps done, as
@@ -80,7 +81,7 @@ def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Adam
         else:
             state = accumulated_update(state, grads, accumulate, hyper, specs)
         metrics = dict(loss=mean_loss, accuracy=accuracy, gradient_norm=gradient_norm,
-                       learning_rate=optimizer.schedule(hyper, state.optimizer.count),
+                       learning_rate=hyper.schedule(state.optimizer.count),
                        param_norm=optimizer.global_norm(state.params, specs))
         return state, metrics
 
@@ -89,7 +90,8 @@ def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Adam
     return jax.jit(sharded, donate_argnums=0)
 
 
-def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimizer.AdamW, specs) -> TrainState:
+def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimizer.Hyperparameters,
+                       specs) -> TrainState:
     """Adds a micro-step's gradients to the running mean (Welford's, as optax.MultiSteps); the last one updates."""
     mean = jax.tree.map(lambda mean, g: mean + (g - mean) / (state.micro_step + 1), state.mean_gradient, grads)
 
