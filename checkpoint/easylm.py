@@ -1,4 +1,4 @@
-"""Reads LLaMA weights that EasyLM (August 2023) saved.  Neighbours: load.py, rotary_order.py.
+"""Reads LLaMA weights that EasyLM (August 2023) saved.  Neighbours: load.py, easylm_writer.py, easylm_train_state.py.
 
 Format facts (EasyLM's checkpoint.py; flax.serialization): a streaming file is a sequence of msgpack values
 
@@ -8,14 +8,17 @@ and flax writes an array as msgpack ext type 1 = [shape, dtype name, raw bytes i
 {'__msgpack_chunked_array__': True, 'shape': {'0': ..}, 'chunks': {'0': array, ..}}.  Three kinds of file:
 
   params              keys ('transformer', 'h', '0', 'attention', 'wq', 'kernel'), one tensor each
-  trainstate_params   the whole TrainState; the weights' keys begin with ('params', 'params')
+  trainstate          the whole TrainState; the weights' keys begin with ('params', 'params').  trainstate_params is
+                      the same file, of which only the weights are wanted
   flax_params         no stream: one msgpack value, a nested dict, read as a whole
 
 A streaming file is indexed once by seeking over the values; then one tensor at a time is read.  Linear layers are
 [in, out] as ours, lm_head is [M, V] where ours is [V, M], q and k are in interleaved rotary order.  The file states no
-configuration.
+configuration.  (The pickles that EasyLM writes beside it, metadata.pkl and dataset.pkl, are never opened.)
 """
+import copy
 import io
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +44,8 @@ NAMES = {
     'final_norm': 'transformer/ln_f/kernel',
     'head': 'lm_head/kernel',
 }
-ROOTS = {'params': '', 'trainstate_params': 'params/params/', 'flax_params': ''}
-DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+ROOTS = {'params': '', 'trainstate': 'params/params/', 'trainstate_params': 'params/params/', 'flax_params': ''}
+DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'int32': np.int32}
 
 
 class Entry(NamedTuple):
@@ -55,7 +58,7 @@ class Entry(NamedTuple):
 class Reader:
     """An EasyLM file of one `kind` (see ROOTS), opened for reading.
 
-    head_dim: the caller's, since the file does not state it.  names: all weights of the file, by the file's keys.
+    head_dim: the caller's, since the file does not state it.  keys: all of the file.  names: those of its weights.
     Raises ValueError for a broken file and for one of another kind.
     """
 
@@ -63,19 +66,30 @@ class Reader:
 
     def __init__(self, path: str, kind: str, head_dim: int):
         self.path, self.notes, self._head_dim = Path(path), [], head_dim
+        if self.path.is_dir():
+            raise ValueError(f'{path} is a directory: name the file in it, such as {self.path / "streaming_params"}')
         refuse_placeholder(self.path)
         if kind == 'flax_params':
             self._arrays, self._entries = _read_blob(self.path), {}
-            stored = set(self._arrays)
         else:
             self._arrays, self._entries = {}, index(self.path)
-            stored = set(self._entries)
-        self._root = ROOTS[kind]
-        self.names = {key.removeprefix(self._root) for key in stored if key.startswith(self._root)}
-        if kind == 'trainstate_params' and not self.names:
+        self.keys = set(self._arrays) | set(self._entries)
+        self._set_root(ROOTS[kind])
+        if kind.startswith('trainstate') and not self.names:
             raise ValueError(f'{self.path} holds no train state (no key under params/params): use params::')
-        if kind == 'params' and any(key.startswith('params/params/') for key in stored):
-            raise ValueError(f'{self.path} holds a whole train state: use trainstate_params:: for its weights')
+        if kind == 'params' and any(key.startswith('params/params/') for key in self.keys):
+            raise ValueError(f'{self.path} holds a whole train state: use trainstate_params:: for its weights, or '
+                             'trainstate:: to train on from it')
+
+    def _set_root(self, root: str) -> None:
+        self._root = root
+        self.names = {key.removeprefix(root) for key in self.keys if key.startswith(root)}
+
+    def under(self, root: str) -> 'Reader':
+        """The same file, read for the tensors shaped like the weights whose keys begin with `root`, as momenta are."""
+        other = copy.copy(self)
+        other._set_root(root)
+        return other
 
     def source(self, name: str, layer: int | None) -> str:
         """The file's own key of our tensor, joined with '/', for messages and for `names`."""
@@ -92,15 +106,17 @@ class Reader:
             shape = self._arrays[source].shape
         return shape[::-1] if name == 'head' else shape
 
+    def array(self, key: str) -> np.ndarray:
+        """What lies under a key of the file (joined with '/'), as stored."""
+        if key not in self.keys:
+            raise ValueError(f'{self.path}: no tensor {key!r}')
+        return _read_array(self.path, self._entries[key]) if self._entries else self._arrays[key]
+
     def tensor(self, name: str, layer: int | None) -> np.ndarray:
         """One tensor, float32, in our layout and rotary order."""
-        source = self.source(name, layer)
-        if source not in self.names:
-            raise ValueError(f'{self.path}: no tensor {source!r}')
-        if self._entries:
-            array = _array(self.path, _unpack(self.path, _read(self.path, self._entries[self._root + source])))
-        else:
-            array = self._arrays[source]
+        array = self.array(self._root + self.source(name, layer))
+        if array.dtype == np.int32:
+            raise ValueError(f'{self.path}: {self.source(name, layer)!r} holds whole numbers where weights must stand')
         array = array.astype(np.float32, copy=False)
         if name == 'head':
             return array.T
@@ -150,16 +166,46 @@ def _read(path: Path, entry: Entry, most: int | None = None) -> bytes:
 
 def _read_shape(path: Path, entry: Entry) -> tuple[int, ...]:
     """The shape of a value; of an ordinary array from its first bytes, of a chunked one by reading it."""
-    head = _read(path, entry, most=64)
-    header = {0xc7: 3, 0xc8: 4, 0xc9: 6}.get(head[0], 2 if 0xd4 <= head[0] <= 0xd8 else None) if head else None
+    header = _read_header(path, entry)
+    return header[0] if header else _read_array(path, entry).shape
+
+
+def _read_array(path: Path, entry: Entry) -> np.ndarray:
+    """The array of a value: an ordinary one straight from the file, so that it is in memory once; else unpacked."""
+    header = _read_header(path, entry)
     if header is None:
-        return _array(path, _unpack(path, _read(path, entry))).shape
+        return _array(path, _unpack(path, _read(path, entry)))
+    shape, dtype, offset = header
+    return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+
+
+def _read_header(path: Path, entry: Entry) -> tuple[tuple[int, ...], type, int] | None:
+    """(shape, dtype, offset of its data in the file) of an ordinary array; None for a value of another kind."""
+    head = _read(path, entry, most=128)
+    start = {0xc7: 3, 0xc8: 4, 0xc9: 6}.get(head[0], 2 if 0xd4 <= head[0] <= 0xd8 else None) if head else None
+    if start is None:
+        return None
     try:
-        unpacker = msgpack.Unpacker(io.BytesIO(head[header:]), max_buffer_size=4096)
-        unpacker.read_array_header()
-        return tuple(unpacker.unpack())
-    except (ValueError, TypeError, msgpack.UnpackException):
-        raise ValueError(f'{path} at byte {entry.offset}: no array as flax writes it') from None
+        if head[start - 1] != 1:
+            raise ValueError(f'extension type {head[start - 1]}')
+        unpacker = msgpack.Unpacker(io.BytesIO(head[start:]), max_buffer_size=4096)
+        if unpacker.read_array_header() != 3:
+            raise ValueError('not (shape, dtype, data)')
+        shape, dtype = tuple(unpacker.unpack()), _dtype(unpacker.unpack())
+        data = io.BytesIO(head)
+        data.seek(start + unpacker.tell())
+        length = _bin_length(data)
+        if length != math.prod(shape) * np.dtype(dtype).itemsize or data.tell() + length != entry.length:
+            raise ValueError(f'{length} bytes are no {np.dtype(dtype).name}{list(shape)}')
+    except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+        raise ValueError(f'{path} at byte {entry.offset}: no array as flax writes it ({error})') from None
+    return shape, dtype, entry.offset + data.tell()
+
+
+def _dtype(name) -> type:
+    if name not in DTYPES:
+        raise ValueError(f'dtype {name!r}; supported: {" ".join(DTYPES)}')
+    return DTYPES[name]
 
 
 def _unpack(path: Path, data: bytes):
@@ -169,9 +215,7 @@ def _unpack(path: Path, data: bytes):
         if code != 1:
             raise ValueError(f'extension type {code}')
         shape, dtype, buffer = msgpack.unpackb(data)
-        if dtype not in DTYPES:
-            raise ValueError(f'dtype {dtype!r}; supported: {" ".join(DTYPES)}')
-        return np.frombuffer(buffer, DTYPES[dtype]).reshape(shape)
+        return np.frombuffer(buffer, _dtype(dtype)).reshape(shape)
 
     try:
         return msgpack.unpackb(data, ext_hook=extension, strict_map_key=True, max_bin_len=len(data))

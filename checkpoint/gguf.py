@@ -54,7 +54,6 @@ class Reader:
         refuse_placeholder(self.path)
         header = _Header(self.path)
         self._metadata, self._tensors, self._data_start = header.metadata, header.tensors, header.data_start
-        self._bytes = np.memmap(self.path, mode='r')
         self.names = set(self._tensors)
         self.notes = []
         self.config = self._config()
@@ -76,8 +75,8 @@ class Reader:
         if source not in self._tensors:
             raise ValueError(f'{self.path}: no tensor {source!r}')
         tensor = self._tensors[source]
-        start = self._data_start + tensor.offset
-        stored = self._bytes[start:start + math.prod(tensor.byte_shape)].reshape(tensor.byte_shape)
+        stored = np.fromfile(self.path, np.uint8, math.prod(tensor.byte_shape),
+                             offset=self._data_start + tensor.offset).reshape(tensor.byte_shape)
         try:
             array = dequantize(stored, tensor.kind).astype(np.float32, copy=False)
         except NotImplementedError:

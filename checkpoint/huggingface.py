@@ -1,17 +1,18 @@
-"""Reads a LLaMA from a Hugging Face directory: config.json and safetensors files.  Neighbours: load.py, gguf.py.
+"""Reads a LLaMA from a Hugging Face directory: config.json and safetensors files.  Next: huggingface_writer.py.
 
 Format facts (transformers' LlamaConfig and modeling_llama; the safetensors format description):
   - a linear layer is stored [out, in], we keep [in, out]; embed_tokens and lm_head are [V, M] as ours;
   - rotary order is half-split, as ours;
   - config.json of transformers 5 has `rope_parameters`, that of transformers 4 has `rope_theta` and `rope_scaling`;
   - a large model is cut into shards, and model.safetensors.index.json says which tensor lies in which file.
-Everything that would change the mathematics and is not implemented is refused by name.
+Everything that would change the mathematics and is not implemented is refused by name.  The safetensors library checks
+a file; its data are then read, not mapped, so that memory holds one tensor and not all pages that were ever touched.
 """
 import json
 import math
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for by name
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -33,7 +34,7 @@ NAMES = {
     'head': ('lm_head.weight', False),
 }
 LARGEST_SIZE = 2**24  # of any one dimension: a config.json beyond it is broken, not large
-DTYPES = ('F32', 'F16', 'BF16')
+DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 
 
 class Reader:
@@ -50,7 +51,7 @@ class Reader:
             raise ValueError(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
         self.config, self.notes = read_config(self.path / 'config.json')
         self._shards = {}
-        self._shard_of = {}
+        self._shard_of, self._offset_of = {}, {}
         for file in _weight_files(self.path):
             self._open(file)
         self.names = {name for name in self._shard_of if not name.endswith('rotary_emb.inv_freq')}
@@ -65,10 +66,14 @@ class Reader:
         except SafetensorError as error:
             raise ValueError(f'{path} is not a whole safetensors file ({error}): download it again') from None
         self._shards[file] = shard
+        with open(path, 'rb') as opened:
+            length = int.from_bytes(opened.read(8), 'little')
+            header = json.loads(opened.read(length))
         for name in shard.keys():
             if name in self._shard_of:
                 raise ValueError(f'{path}: tensor {name!r} lies in {self._shard_of[name]!r} too')
             self._shard_of[name] = file
+            self._offset_of[name] = 8 + length + header[name]['data_offsets'][0]
 
     def source(self, name: str, layer: int | None) -> str:
         """The file's own name of our tensor, for messages and for `names`."""
@@ -87,12 +92,13 @@ class Reader:
         source, transposed = self.source(name, layer), NAMES[name][1]
         if source not in self._shard_of:
             raise ValueError(f'{self.path}: no tensor {source!r}')
-        shard = self._shards[self._shard_of[source]]
-        dtype = shard.get_slice(source).get_dtype()
+        stated = self._shards[self._shard_of[source]].get_slice(source)
+        dtype, shape = stated.get_dtype(), stated.get_shape()
         if dtype not in DTYPES:
             raise ValueError(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
                              f'supported: {" ".join(DTYPES)} (quantised models are read from gguf:: files)')
-        array = shard.get_tensor(source).astype(np.float32, copy=False)
+        array = np.fromfile(self.path / self._shard_of[source], DTYPES[dtype], math.prod(shape),
+                            offset=self._offset_of[source]).reshape(shape).astype(np.float32, copy=False)
         return array.T if transposed else array
 
 

@@ -4,12 +4,16 @@
   hf::        Hugging Face directory with safetensors (huggingface.py)
   gguf::      llama.cpp file (gguf.py)
   params:: trainstate_params:: flax_params::     EasyLM files (easylm.py); these need --load_llama_config
+  trainstate::       the same, and train.py goes on from its step and optimizer state (easylm_train_state.py)
 
-A reader of a foreign file has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer).
-All shapes are compared before anything is allocated; then weight by weight the parts that this process's devices hold
-are filled layer by layer and put on the devices: the host never holds more than one stacked weight besides the result.
+A reader has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer): one tensor of one
+layer.  All shapes are compared before anything is allocated; then weight by weight the parts that this process's
+devices hold are filled layer by layer and put on the devices: the host never holds more than one stacked weight besides
+the result.  Pickle files are never opened, those beside a checkpoint (EasyLM's metadata.pkl) neither.
 """
 import difflib
+import importlib
+import json
 import logging
 from pathlib import Path
 
@@ -24,7 +28,7 @@ from model.config import LlamaConfig, config_from_dict, config_to_dict
 from model.llama import Llama, abstract_params, weight_specs
 from model.partition import WeightSpec
 
-EASYLM = ('params', 'trainstate_params', 'flax_params')
+EASYLM = ('params', 'trainstate', 'trainstate_params', 'flax_params')
 TYPES = ('hf', 'gguf', *EASYLM)
 _log = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ def read_config(spec: str) -> LlamaConfig | None:
     """The model's configuration; None if the file states none (EasyLM's)."""
     kind, path = split_spec(spec)
     if kind == 'native':
-        return config_from_dict(_meta(spec, 'model'), source=str(native.step_directory(*_step(path))))
+        return config_from_dict(_meta(spec, 'model'), source=str(native.step_directory(*native_step(path))))
     if kind in EASYLM:
         return None
     reader = _open(spec, None)
@@ -54,7 +58,7 @@ def read_tokenizer(spec: str) -> Tokenizer | None:
     if kind == 'gguf':
         return tokenizer_from_json(*_open(spec, None).tokenizer_json(), source=path)
     if kind == 'native' and (stated := _meta(spec, 'tokenizer', None)) is not None:
-        directory, step = _step(path)
+        directory, step = native_step(path)
         content = native.read_file(directory, step, stated['file_name'])
         if stated['file_name'] == 'tokenizer.json':
             return tokenizer_from_json(content.decode(), stated['bos'], stated['eos'], stated['pad'], source=path)
@@ -71,10 +75,22 @@ def read_template(spec: str) -> PromptTemplate | None:
 
 def read_add_bos_token(spec: str) -> bool | None:
     """Whether the weights were trained on texts that begin with bos; None if nothing says so."""
-    kind, _ = split_spec(spec)
+    kind, path = split_spec(spec)
     if kind == 'gguf':
         return _open(spec, None).add_bos_token
+    stated = Path(path) / 'tokenizer_config.json'
+    if kind == 'hf' and stated.is_file():
+        value = json.loads(stated.read_text(encoding='utf-8')).get('add_bos_token')
+        return value if isinstance(value, bool) else None
     return _meta(spec, 'add_bos_token', None) if kind == 'native' else None
+
+
+def read_step(spec: str) -> int:
+    """The step at which the weights were saved: micro-steps done, 0 where the file states none."""
+    kind, path = split_spec(spec)
+    if kind == 'trainstate':
+        return _formats(spec, 'easylm_train_state').read_step(path)
+    return native_step(path)[1] if kind == 'native' else 0
 
 
 def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptTemplate | None,
@@ -91,11 +107,18 @@ def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptT
 
 def by_name(tree: Llama, config: LlamaConfig, prefix: str) -> dict:
     """{prefix + '.' + weight's name: leaf} of a tree shaped like the weights (weights, momenta, ShapeDtypeStructs)."""
-    return {f'{prefix}.{spec.name}': leaf for spec, leaf in zip(_specs(config), jax.tree.leaves(tree), strict=True)}
+    return {f'{prefix}.{spec.name}': leaf for spec, leaf in zip(specs_of(config), jax.tree.leaves(tree), strict=True)}
 
 
-def _specs(config: LlamaConfig) -> list[WeightSpec]:
+def specs_of(config: LlamaConfig) -> list[WeightSpec]:
+    """The weights in the order of the tree's leaves."""
     return jax.tree.leaves(weight_specs(config), is_leaf=lambda node: isinstance(node, WeightSpec))
+
+
+def tensors_of(config: LlamaConfig) -> list[tuple[WeightSpec, int | None]]:
+    """[(weight, layer)]: what a reader's `tensor` is asked for, layer None where a weight is not stacked."""
+    return [(spec, layer) for spec in specs_of(config)
+            for layer in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
 # ---------------------------------------------------------------- the weights
@@ -110,26 +133,60 @@ def load_params(spec: str, config: LlamaConfig, mesh: Mesh) -> Llama:
     targets = abstract_params(config, mesh)
     if kind == 'native':
         _refuse_misfit(spec, _other_heads(read_config(spec), config))
-        directory, step = _step(path)
+        directory, step = native_step(path)
         arrays = native.restore(directory, step, by_name(targets, config, 'params'))
         return jax.tree.unflatten(jax.tree.structure(targets), arrays.values())
+    reader = open_reader(spec, config)
+    leaves = [_assemble(reader, weight, target) for weight, target in
+              zip(specs_of(config), jax.tree.leaves(targets), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(targets), leaves)
+
+
+def load_train_state(spec: str, config: LlamaConfig, targets: dict[str, jax.ShapeDtypeStruct],
+                     parameter_scale: bool) -> dict[str, jax.Array]:
+    """The arrays named in `targets` of an EasyLM train state (trainstate::), as native.restore gives those of ours.
+
+    targets: 'params.*', 'momentum.*', 'second_moment.*', 'optimizer.count', 'optimizer.micro_step', and with
+    accumulation 'mean_gradient.*'; each array comes in its target's dtype, on its sharding.  parameter_scale: the flag
+    optimizer.adamw_optimizer.multiply_by_parameter_scale, which decides what the second moment is.
+    Raises ValueError for another shape of the model, and for a state of another kind of optimizer.
+    """
+    _, path = split_spec(spec)
+    accumulated = any(name.startswith('mean_gradient.') for name in targets)
+    state = _formats(spec, 'easylm_train_state').TrainStateReader(path, config.head_dim, parameter_scale, accumulated)
+    weights = {weight.name: weight for weight in specs_of(config)}
+    readers = {what: state.tree(what) for what in sorted({name.partition('.')[0] for name in targets} - {'optimizer'})}
+    for reader in readers.values():
+        _compare(spec, reader, config)
+    arrays = {}
+    for name, target in targets.items():
+        what, _, weight = name.partition('.')
+        if name in state.scalars:
+            arrays[name] = jax.device_put(state.scalars[name], target.sharding)
+        else:
+            arrays[name] = _assemble(readers[what], weights[weight], target)
+    return arrays
+
+
+def open_reader(spec: str, config: LlamaConfig):
+    """The reader of any spec, ours too: (name, layer) -> tensor, once all shapes are those of `config`.
+
+    name: of a weight (WeightSpec.name); layer: a number where it is stacked, else None.
+    """
     reader = _open(spec, config)
     _compare(spec, reader, config)
-    leaves = [_assemble(reader, weight, target) for weight, target in
-              zip(_specs(config), jax.tree.leaves(targets), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(targets), leaves)
+    return reader
 
 
 def _compare(spec: str, reader, config: LlamaConfig) -> None:
     """Raises ValueError unless the reader has exactly the tensors of `config`, in their shapes."""
     wrong, expected = [], set()
-    for weight in _specs(config):
-        for layer in range(config.num_hidden_layers) if weight.stacked else [None]:
-            want = weight.shape[1:] if weight.stacked else weight.shape
-            got, source = reader.shape(weight.name, layer), reader.source(weight.name, layer)
-            expected.add(source)
-            if got != want:
-                wrong.append(f'{source} got {list(got) if got else "nothing"} want {list(want)}')
+    for weight, layer in tensors_of(config):
+        want = weight.shape[1:] if weight.stacked else weight.shape
+        got, source = reader.shape(weight.name, layer), reader.source(weight.name, layer)
+        expected.add(source)
+        if got != want:
+            wrong.append(f'{source} got {list(got) if got else "nothing"} want {list(want)}')
     wrong += [f'{name} got a tensor want none' for name in sorted(reader.names - expected)]
     _refuse_misfit(spec, wrong + (_other_heads(reader.config, config) if reader.config else []))
 
@@ -150,7 +207,7 @@ def _refuse_misfit(spec: str, wrong: list[str]) -> None:
 
 def _assemble(reader, weight: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
     """One weight, each of its tensors read once and copied into the parts that need it."""
-    parts = {bounds: np.empty([stop - start for start, stop in bounds], np.float32)
+    parts = {bounds: np.empty([stop - start for start, stop in bounds], target.dtype)
              for bounds in native.shard_indices(target.shape, target.sharding)}
     for layer in range(weight.shape[0]) if weight.stacked else [None]:
         tensor = reader.tensor(weight.name, layer)
@@ -171,40 +228,67 @@ def split_spec(spec: str) -> tuple[str, str]:
     kind, separator, path = spec.partition('::')
     if not separator:
         kind, path = 'native', spec
-    elif kind == 'pickle':
-        raise ValueError(f'load_checkpoint={spec!r}: pickle files are never read (unpickling runs code); save the '
-                         'weights as safetensors (hf::) or take the streaming file of the same run (params::)')
-    elif kind == 'trainstate':
-        raise ValueError(f'load_checkpoint={spec!r}: an EasyLM train state is not resumed; trainstate_params::{path} '
-                         'takes its weights')
-    elif kind not in TYPES:
+    elif kind not in (*TYPES, 'pickle'):
         close = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
         hint = f' (did you mean {close[0]}::?)' if close else ''
         raise ValueError(f'load_checkpoint={spec!r}: unknown type {kind!r}{hint}; types: '
                          f'{" ".join(name + "::" for name in TYPES)}, or a bare path for our own checkpoints')
+    if path.startswith('gs://'):
+        name = path.rstrip('/').rpartition('/')[2]
+        raise ValueError(f'load_checkpoint={spec!r}: cloud storage is not read directly; copy it with `gcloud '
+                         f'storage cp -r {path} .` and give the local path {name!r}')
+    if kind == 'pickle' or Path(path).suffix in ('.pkl', '.pickle', '.pt', '.pth'):
+        raise ValueError(f'load_checkpoint={spec!r}: pickle files are never read (unpickling runs code); save the '
+                         'weights as safetensors (hf::) or take the streaming file of the same run (params::)')
     if not path or not Path(path).exists() and not Path(path).is_symlink():
         raise ValueError(f'load_checkpoint={spec!r}: {path!r} does not exist')
     return kind, path
 
 
 def _open(spec: str, config: LlamaConfig | None):
-    """The reader of a foreign spec.  Its libraries are extras, so each is imported only when its format is asked."""
+    """The reader of a spec, its shapes not yet compared."""
     kind, path = split_spec(spec)
+    if kind == 'native':
+        return _NativeReader(spec)
+    if kind == 'hf':
+        return _formats(spec, 'huggingface').Reader(path)
+    if kind == 'gguf':
+        return _formats(spec, 'gguf').Reader(path)
+    return _formats(spec, 'easylm').Reader(path, kind, config.head_dim)
+
+
+def _formats(spec: str, module: str):
+    """A module of this room whose libraries are extras: each is imported only when its format is asked for."""
     try:
-        if kind == 'hf':
-            from checkpoint import huggingface
-            return huggingface.Reader(path)
-        if kind == 'gguf':
-            from checkpoint import gguf
-            return gguf.Reader(path)
-        from checkpoint import easylm
-        return easylm.Reader(path, kind, config.head_dim)
+        return importlib.import_module(f'checkpoint.{module}')
     except ModuleNotFoundError as error:
         raise ValueError(f'load_checkpoint={spec!r} needs the Python package {error.name!r}: '
                          "install this project with its extra 'formats'") from None
 
 
-def _step(path: str) -> tuple[str, int]:
+class _NativeReader:
+    """One of our checkpoints as the other readers are: a layer's matrix at a time, on the host."""
+
+    def __init__(self, spec: str):
+        self.config, self.notes = read_config(spec), []
+        self._arrays = native.ArrayReader(*native_step(split_spec(spec)[1]))
+        shapes = {name: shape for name, (shape, _) in self._arrays.arrays.items() if name.startswith('params.')}
+        self._shapes = {self.source(name.removeprefix('params.'), layer): shape[1:] if layer is not None else shape
+                        for name, shape in shapes.items()
+                        for layer in (range(shape[0]) if name.startswith('params.layers.') else [None])}
+        self.names = set(self._shapes)
+
+    def source(self, name: str, layer: int | None) -> str:
+        return f'params.{name}' + ('' if layer is None else f'[{layer}]')
+
+    def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
+        return self._shapes.get(self.source(name, layer))
+
+    def tensor(self, name: str, layer: int | None) -> np.ndarray:
+        return self._arrays.read(f'params.{name}', layer)
+
+
+def native_step(path: str) -> tuple[str, int]:
     """(directory, step) of a native path: a directory of steps, or one of the steps itself."""
     name = Path(path).name
     if (Path(path) / native.MANIFEST).exists() and name.removeprefix('step_').isdecimal():
@@ -217,7 +301,7 @@ def _step(path: str) -> tuple[str, int]:
 
 
 def _meta(spec: str, key: str, *default):
-    directory, step = _step(split_spec(spec)[1])
+    directory, step = native_step(split_spec(spec)[1])
     meta = native.read_meta(directory, step)
     if key not in meta and not default:
         raise ValueError(f'load_checkpoint={spec!r}: {native.step_directory(directory, step)} states no {key}')

@@ -16,7 +16,9 @@ import logging
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +34,31 @@ _log = logging.getLogger(__name__)
 # ---------------------------------------------------------------- save
 
 
-def save(directory: str, step: int, arrays: dict[str, jax.Array], meta: dict, files: dict[str, bytes],
-         keep: int) -> Path:
+class Streamed(NamedTuple):
+    """An array that need not be in memory as a whole: its slices along the first axis, made as they are written.
+
+    slices: numpy arrays of `dtype` that follow one another, each of `rows` rows (a divisor of shape[0]).
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+    slices: Iterator[np.ndarray]
+    is_fully_addressable = True
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], meta: dict, files: dict[str, bytes],
+         keep: int, keep_every: int = 0) -> Path:
     """Writes step `step` and returns its directory; then, of the older complete steps, all but keep - 1 are deleted.
 
-    arrays: name -> array of any shape, float32, bfloat16, integer or bool; any sharding of this process's devices.
+    Milestones, the steps that keep_every divides, are neither deleted nor counted (0: there are none).
+
+    arrays: name -> array of any shape, float32, bfloat16, integer or bool; any sharding of this process's devices; or
+    Streamed.
     meta: JSON-ready.  files: plain file name -> content.  Blocks until all of it is on disk.
     Raises ValueError, leaving everything as it was, for an array with NaN or infinity, a step that is there already, or
     names that are no plain names; OSError when the disk is full or refuses, the checkpoints before it staying as well.
@@ -73,7 +95,7 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array], meta: dict, fi
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(root)
-    older = [other for other in steps(directory) if other < step]
+    older = [other for other in steps(directory) if other < step and not (keep_every and other % keep_every == 0)]
     for old in older[:max(0, len(older) - (keep - 1))]:
         doomed = root / f'{step_directory(directory, old).name}.tmp-{secrets.token_hex(4)}'
         os.rename(step_directory(directory, old), doomed)
@@ -112,7 +134,7 @@ def _write(path: Path, step: int, arrays, meta: dict, files: dict[str, bytes]) -
     _sync(path)
 
 
-def _write_array(path: Path, array: jax.Array) -> None:
+def _write_array(path: Path, array: jax.Array | Streamed) -> None:
     """One zarr3 store, each part of the array written once, by one of the devices that hold it."""
     store = ts.open(_store_spec(path) | dict(
         metadata=dict(shape=list(array.shape), data_type=array.dtype.name,
@@ -120,8 +142,17 @@ def _write_array(path: Path, array: jax.Array) -> None:
                       codecs=[dict(name='bytes', configuration=dict(endian='little'))] if array.dtype.itemsize > 1 else
                       [dict(name='bytes')]),
         store_data_equal_to_fill_value=True), create=True).result()
-    parts = [(shard.index, np.asarray(shard.data)) for shard in array.addressable_shards if shard.replica_id == 0]
-    if jnp.issubdtype(array.dtype, jnp.floating) and not all(np.isfinite(part).all() for _, part in parts):
+    if isinstance(array, Streamed):
+        for i, rows in enumerate(array.slices):
+            _write_parts(path, store, [(slice(i * array.rows, (i + 1) * array.rows), rows)])
+    else:
+        _write_parts(path, store, [(shard.index, np.asarray(shard.data)) for shard in array.addressable_shards
+                                   if shard.replica_id == 0])
+
+
+def _write_parts(path: Path, store: ts.TensorStore, parts: list[tuple]) -> None:
+    floats = jnp.issubdtype(store.dtype.numpy_dtype, jnp.floating)
+    if floats and not all(np.isfinite(part).all() for _, part in parts):
         raise ValueError(f'array {path.name!r} holds NaN or infinity: not saved, the checkpoints before it stay')
     for write in [store[index].write(part) for index, part in parts]:
         try:
@@ -134,9 +165,10 @@ def _store_spec(path: Path) -> dict:
     return dict(driver='zarr3', kvstore=dict(driver='file', path=f'{path}/'))
 
 
-def _chunk_shape(array: jax.Array) -> list[int]:
-    """A shard's shape, its leading axes cut until a chunk has at most CHUNK_BYTES: a matrix or a few of a stack."""
-    shape = [max(size, 1) for size in array.sharding.shard_shape(array.shape)]
+def _chunk_shape(array: jax.Array | Streamed) -> list[int]:
+    """A part's shape, its leading axes cut until a chunk has at most CHUNK_BYTES: a matrix or a few of a stack."""
+    part = (array.rows, *array.shape[1:]) if isinstance(array, Streamed) else array.sharding.shard_shape(array.shape)
+    shape = [max(size, 1) for size in part]
     for axis, size in enumerate(shape):
         row = array.dtype.itemsize * int(np.prod(shape[axis + 1:]))
         shape[axis] = max(1, min(size, CHUNK_BYTES // row))
@@ -272,6 +304,25 @@ def _restore_array(path: Path, target: jax.ShapeDtypeStruct) -> jax.Array:
     parts = shard_indices(target.shape, target.sharding)
     reads = {index: store[tuple(slice(*part) for part in index)].read() for index in parts}
     return from_parts(target, {index: read.result() for index, read in reads.items()})
+
+
+class ArrayReader:
+    """The arrays of one step on the host, as a whole or a row at a time.  arrays: name -> (shape, dtype name)."""
+
+    def __init__(self, directory: str, step: int):
+        self._path = step_directory(directory, step)
+        self._manifest, self._stores = _read_manifest(self._path), {}
+        self.arrays = {name: (tuple(entry['shape']), entry['dtype'])
+                       for name, entry in self._manifest['arrays'].items()}
+
+    def read(self, name: str, row: int | None) -> np.ndarray:
+        """Row `row` along the first axis, or for None the whole.  Its files are compared with their sha256 once."""
+        if name not in self._stores:
+            _verify(self._path, self._manifest, [file for file in self._manifest['files']
+                                                 if file.startswith(f'arrays/{name}/')])
+            self._stores[name] = ts.open(_store_spec(self._path / 'arrays' / name), open=True, read=True).result()
+        store = self._stores[name]
+        return (store if row is None else store[row]).read().result()
 
 
 # ---------------------------------------------------------------- arrays from parts, for every loader

@@ -1,4 +1,4 @@
-"""The two orders of a head's coordinates under rotary embedding.  Users: gguf.py, easylm.py.
+"""The two orders of a head's coordinates under rotary embedding.  Users: gguf.py, easylm.py, easylm_writer.py.
 
 Rotary embedding turns pairs of coordinates of a head.  Which two make pair i is a convention of the file:
 
@@ -15,3 +15,10 @@ def half_split_from_interleaved(w_MX: np.ndarray, head_dim: int) -> np.ndarray:
     rows, columns = w_MX.shape
     pairs = w_MX.reshape(rows, columns // head_dim, head_dim // 2, 2)
     return pairs.swapaxes(2, 3).reshape(rows, columns)
+
+
+def interleaved_from_half_split(w_MX: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse."""
+    rows, columns = w_MX.shape
+    halves = w_MX.reshape(rows, columns // head_dim, 2, head_dim // 2)
+    return halves.swapaxes(2, 3).reshape(rows, columns)

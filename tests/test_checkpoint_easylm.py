@@ -128,6 +128,16 @@ def test_a_file_of_another_kind_is_refused_with_the_right_spelling(file, tmp_pat
             Reader(path, kind, HEAD_DIM)
 
 
+def test_a_directory_is_answered_with_the_file_in_it(file, tmp_path):
+    """EasyLM's run directory holds pickles beside the stream: they are not opened, and a reader wants the stream."""
+    (tmp_path / 'streaming_params').write_bytes(file.read_bytes())
+    (tmp_path / 'metadata.pkl').write_bytes(b'no pickle at all')
+    (tmp_path / 'dataset.pkl').symlink_to('/nowhere')
+    with pytest.raises(ValueError, match=f'is a directory: name the file in it, such as {tmp_path}/streaming_params'):
+        Reader(tmp_path, 'params', HEAD_DIM)
+    assert len(Reader(tmp_path / 'streaming_params', 'params', HEAD_DIM).names) == 21
+
+
 def test_truncated_file_names_the_tensor_that_is_cut(file, tmp_path):
     """One byte less than EasyLM wrote, and opening fails with the key of the last tensor."""
     path = tmp_path / 'cut'

@@ -3,6 +3,7 @@ import logging
 import os
 import resource
 import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -186,6 +187,50 @@ def test_only_the_newest_steps_are_kept(tmp_path):
         assert native.steps(tmp_path) == left
     save(tmp_path, 20, small(20), keep=1)
     assert native.steps(tmp_path) == [20, 40]
+
+
+def test_milestones_stay(tmp_path):
+    """keep=1, keep_every=10: 10 and 20 stay for good, of the others only the newest."""
+    for step, left in ((5, [5]), (10, [10]), (15, [10, 15]), (20, [10, 20]), (25, [10, 20, 25]), (27, [10, 20, 27])):
+        native.save(tmp_path, step, small(step), {}, {}, keep=1, keep_every=10)
+        assert native.steps(tmp_path) == left
+
+
+@pytest.mark.parametrize('chunk_bytes', [1 << 25, 64])
+def test_streamed_arrays_are_equal_to_those_in_memory(tmp_path, monkeypatch, chunk_bytes):
+    """Written two rows at a time, restored to a mesh and read row by row: the same bits; one slice is alive at once."""
+    monkeypatch.setattr(native, 'CHUNK_BYTES', chunk_bytes)
+    values, alive, most = np.random.default_rng(0).normal(size=(6, 16, 8)).astype(np.float32), [], []
+
+    def slices():
+        for start in range(0, 6, 2):
+            part = values[start:start + 2].copy()
+            alive.append(weakref.ref(part))
+            most.append(sum(ref() is not None for ref in alive))
+            yield part
+            del part
+
+    save(tmp_path, 1, {'w': native.Streamed(values.shape, values.dtype, 2, slices())})
+    restored = native.restore(tmp_path, 1, targets({'w': put(values)}))
+    assert equal_bits(restored['w'], values) and max(most) <= 2
+    reader = native.ArrayReader(tmp_path, 1)
+    assert reader.arrays == {'w': ((6, 16, 8), 'float32')}
+    assert all(equal_bits(reader.read('w', row), values[row]) for row in range(6))
+    assert equal_bits(reader.read('w', None), values)
+
+
+def test_a_streamed_array_keeps_the_guarantees(tmp_path):
+    """NaN in its last slice leaves no step; a flipped bit on disk is named when a row is read."""
+    save(tmp_path, 1, small(1))
+    slices = [np.zeros((1, 4), np.float32), np.full((1, 4), np.nan, np.float32)]
+    with pytest.raises(ValueError, match="'w' holds NaN"):
+        save(tmp_path, 2, {'w': native.Streamed((2, 4), np.dtype(np.float32), 1, iter(slices))})
+    assert [path.name for path in tmp_path.iterdir()] == ['step_00000001']
+    path = save(tmp_path, 2, {'w': native.Streamed((2, 4), np.dtype(np.float32), 1, iter(slices[:1] * 2))})
+    file = path / 'arrays/w/c/1/0'
+    file.write_bytes(b'\1' + file.read_bytes()[1:])
+    with pytest.raises(ValueError, match=f'{file}.*corrupt'):
+        native.ArrayReader(tmp_path, 2).read('w', 0)
 
 
 def test_a_sound_step_is_never_overwritten_but_a_corrupt_one_may_be(tmp_path):
