@@ -1,4 +1,5 @@
-"""Serves a model over HTTP: POST /generate, POST /loglikelihood, GET /ready (serving/api.py has the formats).
+"""Serves a model over HTTP, as EasyLM's server: /generate, /greedy-until, /chat, /loglikelihood,
+/loglikelihood-rolling, /ready (serving/api.py has the formats), and a page to try it by hand.
 
   python serve.py --load_checkpoint=/tmp/pallama/checkpoints --input_length=1024 --seq_length=1152
   python serve.py --load_llama_config=3b --load_checkpoint=params::PATH --tokenizer.vocab_file=tokenizer.model
@@ -12,6 +13,7 @@ import ipaddress
 import json
 import signal
 import socket
+import sys
 import time
 
 import jax
@@ -21,14 +23,17 @@ import flags
 from checkpoint.load import read_tokenizer
 from data.prompt import PromptTemplate
 from serving.api import MAX_TEMPERATURE, Options, make_app
-from serving.engine import PROGRAMS, Engine, EngineThread, check_batch_size, check_lengths, check_sampling
+from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
+from serving.thread import EngineThread
 from wiring import Model, describe, open_model
 
 
 def main(config) -> None:
     warm_up = programs_of(config.lm_server.pre_compile)
     options = options_of(config.lm_server)
-    check_sampling(config.top_k, config.top_p)
+    check_sampling(config.top_k, config.top_p, config.do_sample, config.num_beams)
+    if config.lm_server.logging:
+        sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
     host, port = listener.getsockname()[:2]
     if not ipaddress.ip_address(host).is_loopback:
@@ -79,10 +84,11 @@ def options_of(lm_server) -> Options:
     if not 0 <= lm_server.default_temperature <= MAX_TEMPERATURE:
         raise ValueError(f'lm_server.default_temperature={lm_server.default_temperature} must be from 0 (greedy) to '
                          f'{MAX_TEMPERATURE:g}')
-    for name, least in (('max_body_bytes', 1), ('queue_size', 0)):
+    for name, least in (('max_body_bytes', 1), ('queue_size', 0), ('greedy_until_max_length', 1)):
         if lm_server[name] < least:
             raise ValueError(f'lm_server.{name}={lm_server[name]} must be at least {least}')
-    return Options(default_temperature=lm_server.default_temperature, max_body_bytes=lm_server.max_body_bytes)
+    names = {field.name for field in dataclasses.fields(Options)}
+    return Options(**{name: value for name, value in lm_server.items() if name in names})
 
 
 # ---------------------------------------------------------------- the address
@@ -147,7 +153,8 @@ def load_engine(config, model: Model) -> Engine:
     return Engine(params, model.config, model.compute, model.tokenizer, model.mesh,
                   batch_size=config.lm_server.batch_size, input_length=config.input_length,
                   seq_length=config.seq_length, top_k=config.top_k, top_p=config.top_p,
-                  do_sample=config.do_sample, add_bos_token=model.add_bos_token, seed=config.seed)
+                  do_sample=config.do_sample, num_beams=config.num_beams, add_bos_token=model.add_bos_token,
+                  seed=config.seed)
 
 
 if __name__ == '__main__':

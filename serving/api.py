@@ -1,48 +1,89 @@
-"""The HTTP face of the engine, in the words of EasyLM's server.  Before: engine.py; the program is serve.py.
+"""The HTTP face of the engine, in the words of EasyLM's server.  Before: thread.py, guard.py.
 
-  POST /generate       {"prefix_text": [str], "temperature": float?}  ->  {"prefix_text", "output_text", "temperature"}
-                       and, added to EasyLM's answer, "truncated": [bool], "finish_reason": ["stop" | "length"]
-  POST /loglikelihood  {"prefix_text": [str]?, "text": [str]}
-                       ->  {"prefix_text", "text", "log_likelihood", "is_greedy"}
-  GET  /ready          "Ready!\\n", or 503 while programs compile and after the engine has failed
+  POST /generate               {"prefix_text": [str], "temperature": float?}
+                               -> {"prefix_text", "output_text", "temperature"} + "truncated", "finish_reason"
+  POST /greedy-until           {"prefix_text": [str], "until": [str | [str]], "max_length": int?}
+                               -> {"prefix_text", "until", "max_length", "output_text"} + "truncated", "finish_reason"
+  POST /chat                   {"prompt": str, "context": str?, "temperature": float?}
+                               -> {"response", "context", "temperature"} + "truncated", "finish_reason"
+  POST /loglikelihood          {"prefix_text": [str]?, "text": [str]}
+                               -> {"prefix_text", "text", "log_likelihood", "is_greedy"}
+  POST /loglikelihood-rolling  {"text": [str]} -> {"text", "log_likelihood", "is_greedy"}
+  GET  /ready                  "Ready!\\n", or 503 while programs compile and after the engine has failed
+  GET  /                       page.html, to try the model by hand
+
+What stands behind + is added to EasyLM's answer, for every prompt: whether it was too long (input_length) and lost its
+beginning, which in /greedy-until can also happen on the way, as the answer grows; and whether the answer ended by
+itself ("stop": EOS or a stop text) or at its limit ("length").
+/loglikelihood refuses a pair that is too long, whose score would be that of another text; rolling takes any length.
 
 Every refusal is {"detail": one line}: 400 what is wrong with the request, 408 a body that does not come, 413 too large,
 415 not application/json, 429 the line is full, 500 the engine failed.  The form is checked before the engine is asked.
-No field of a request is ever a path, an id or code; nothing of a request is logged.  A page of another site cannot use
-a server on this computer: its Host header would be no loopback name, and its form cannot send application/json.
+No field of a request is ever a path, an id or code; nothing of a request is printed unless `logging` is set.  A page of
+another site cannot use a server on this computer: its Host header would be no loopback name, and its form cannot send
+application/json.
 """
 import asyncio
+import base64
+import hashlib
+import html
+import pprint
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from serving.engine import EngineFailed, EngineThread, QueueFull, RequestError
+from serving.engine import Generation, RequestError
+from serving.guard import LOOPBACK, Guard
+from serving.thread import EngineFailed, EngineThread, QueueFull
 
 MAX_TEXTS = 100_000
 MAX_TEMPERATURE = 100.0
-LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1_000
+MAX_CHAT_LENGTH = 1_000_000
 ALLOWED = {  # field -> what it must be, for the client to read
     'prefix_text': f'a list of 1 to {MAX_TEXTS} strings of valid Unicode',
     'text': f'a list of 1 to {MAX_TEXTS} strings of valid Unicode',
     'temperature': f'a finite number from 0 to {MAX_TEMPERATURE:g}, or null for the default',
+    'until': f'a list with one item for each prefix_text: a string of 1 to {MAX_STOP_LENGTH} characters of valid '
+             f'Unicode, or a list of at most {MAX_STOPS} of them',
+    'max_length': 'a whole number of at least 1, or null for the largest',
+    'prompt': f'a string of valid Unicode, of at most {MAX_CHAT_LENGTH} characters',
+    'context': f'a string of valid Unicode, of at most {MAX_CHAT_LENGTH} characters',
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """allowed_hosts: names the Host header may have, without port; None allows all (a server on a network).
+    """EasyLM's lm_server flags: texts put around prefix, text and what is said in a chat; `notes` for the page; ours.
 
-    max_body_bytes: of one request.  body_seconds: how long its body may take to arrive.
+    max_body_bytes, body_seconds, allowed_hosts: see guard.py.
     """
 
     default_temperature: float = 1.0
+    greedy_until_max_length: int = 5000
+    prepend_to_prefix: str = ''
+    append_to_prefix: str = ''
+    prepend_to_text: str = ''
+    append_to_text: str = ''
+    chat_prepend_text: str = ''
+    chat_user_prefix: str = ''
+    chat_user_suffix: str = ''
+    chat_lm_prefix: str = ''
+    chat_lm_suffix: str = ''
+    notes: str = ''
+    logging: bool = False
     max_body_bytes: int = 4_000_000
     body_seconds: float = 30.0
     allowed_hosts: tuple[str, ...] | None = LOOPBACK
+
+
+# ---------------------------------------------------------------- requests
 
 
 def _whole_characters(text: str) -> str:
@@ -54,44 +95,124 @@ def _whole_characters(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+ChatText = Annotated[Text, Field(max_length=MAX_CHAT_LENGTH)]
+Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None
 
 
-class GenerateRequest(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra='forbid')
 
+
+class GenerateBody(Body):
     prefix_text: Texts
-    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    temperature: Temperature = None
 
 
-class LoglikelihoodRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra='forbid')
+class GreedyUntilBody(Body):
+    prefix_text: Texts
+    until: Annotated[list[Stop | Stops], Field(min_length=1, max_length=MAX_TEXTS)]
+    max_length: Annotated[int, Field(ge=1)] | None = None
 
+
+class ChatBody(Body):
+    prompt: ChatText
+    context: ChatText = ''
+    temperature: Temperature = None
+
+
+class LoglikelihoodBody(Body):
     prefix_text: Texts | None = None
     text: Texts
+
+
+class RollingBody(Body):
+    text: Texts
+
+
+BODIES = {'/generate': GenerateBody, '/greedy-until': GreedyUntilBody, '/chat': ChatBody,
+          '/loglikelihood': LoglikelihoodBody, '/loglikelihood-rolling': RollingBody}
+
+
+# ---------------------------------------------------------------- endpoints
 
 
 def make_app(thread: EngineThread, options: Options) -> FastAPI:
     """The application; `thread` does the work."""
     app = FastAPI(openapi_url=None)
-    app.add_middleware(Guard, options=options)
+    app.add_middleware(Guard, max_body_bytes=options.max_body_bytes, body_seconds=options.body_seconds,
+                       allowed_hosts=options.allowed_hosts)
     app.add_exception_handler(RequestValidationError, _refuse)
+    page, policy = page_of(options)
+
+    async def respond(request: Request, body: Body, work, answer) -> JSONResponse:
+        """`answer` makes the response out of what `work` makes of the engine."""
+        if options.logging:
+            print(f'{request.url.path} is asked\n{pprint.pformat(body.model_dump())}', flush=True)
+        content = answer(await _result(request, thread, work))
+        if options.logging:
+            print(f'{request.url.path} answers\n{pprint.pformat(content)}', flush=True)
+        return JSONResponse(content)
+
+    def temperature_of(body) -> float:
+        return options.default_temperature if body.temperature is None else body.temperature
+
+    def prefixes_of(texts: list[str]) -> list[str]:
+        return [options.prepend_to_prefix + text + options.append_to_prefix for text in texts]
+
+    def texts_of(texts: list[str]) -> list[str]:
+        return [options.prepend_to_text + text + options.append_to_text for text in texts]
 
     @app.post('/generate')
-    async def generate(body: GenerateRequest, request: Request):
-        temperature = options.default_temperature if body.temperature is None else body.temperature
-        answers = await _result(request, thread, lambda engine: engine.generate(body.prefix_text, temperature))
-        return JSONResponse(dict(prefix_text=body.prefix_text, output_text=[answer.text for answer in answers],
-                                 temperature=temperature, truncated=[answer.truncated for answer in answers],
-                                 finish_reason=[answer.finish_reason for answer in answers]))
+    async def generate(body: GenerateBody, request: Request):
+        temperature, prompts = temperature_of(body), prefixes_of(body.prefix_text)
+        return await respond(
+            request, body, lambda engine: engine.generate(prompts, temperature),
+            lambda answers: dict(prefix_text=body.prefix_text, output_text=[answer.text for answer in answers],
+                                 temperature=temperature, **_added(answers)))
+
+    @app.post('/greedy-until')
+    async def greedy_until(body: GreedyUntilBody, request: Request):
+        _check_pairs('prefix_text', body.prefix_text, 'until', body.until)
+        most = options.greedy_until_max_length
+        max_length = most if body.max_length is None else body.max_length
+        if max_length > most:
+            raise HTTPException(400, f'max_length must be at most {most} here (--lm_server.greedy_until_max_length)')
+        prompts = prefixes_of(body.prefix_text)
+        stops = [[stop] if isinstance(stop, str) else stop for stop in body.until]
+        return await respond(
+            request, body, lambda engine: engine.greedy_until(prompts, stops, max_length),
+            lambda answers: dict(prefix_text=body.prefix_text, until=body.until, max_length=max_length,
+                                 output_text=[answer.text for answer in answers], **_added(answers)))
+
+    @app.post('/chat')
+    async def chat(body: ChatBody, request: Request):
+        temperature = temperature_of(body)
+        context = (body.context + options.chat_user_prefix + body.prompt + options.chat_user_suffix +
+                   options.chat_lm_prefix)
+
+        def answer(answers: list[Generation]) -> dict:
+            said, = answers
+            return dict(response=said.text, context=context + said.text + options.chat_lm_suffix,
+                        temperature=temperature, truncated=said.truncated, finish_reason=said.finish_reason)
+
+        prompts = [options.chat_prepend_text + context]
+        return await respond(request, body, lambda engine: engine.generate(prompts, temperature), answer)
 
     @app.post('/loglikelihood')
-    async def loglikelihood(body: LoglikelihoodRequest, request: Request):
+    async def loglikelihood(body: LoglikelihoodBody, request: Request):
         prefixes = [''] * len(body.text) if body.prefix_text is None else body.prefix_text
-        if len(prefixes) != len(body.text):
-            raise HTTPException(400, f'prefix_text has {len(prefixes)} strings, text {len(body.text)}: they are pairs')
-        answers = await _result(request, thread, lambda engine: engine.loglikelihood(prefixes, body.text))
-        return JSONResponse(dict(prefix_text=prefixes, text=body.text, log_likelihood=[score for score, _ in answers],
-                                 is_greedy=[greedy for _, greedy in answers]))
+        _check_pairs('prefix_text', prefixes, 'text', body.text)
+        before, after = prefixes_of(prefixes), texts_of(body.text)
+        return await respond(request, body, lambda engine: engine.loglikelihood(before, after),
+                             lambda scores: dict(prefix_text=prefixes, text=body.text, **_scores(scores)))
+
+    @app.post('/loglikelihood-rolling')
+    async def loglikelihood_rolling(body: RollingBody, request: Request):
+        texts = texts_of(body.text)
+        return await respond(request, body, lambda engine: engine.loglikelihood_rolling(texts),
+                             lambda scores: dict(text=body.text, **_scores(scores)))
 
     @app.get('/ready')
     async def ready():
@@ -99,7 +220,40 @@ def make_app(thread: EngineThread, options: Options) -> FastAPI:
             return PlainTextResponse('Ready!\n')
         return PlainTextResponse('the engine failed\n' if thread.failure else 'compiling\n', 503)
 
+    @app.get('/')
+    async def index():
+        return HTMLResponse(page, headers={
+            'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
+            'Cache-Control': 'no-store'})
+
     return app
+
+
+def page_of(options: Options) -> tuple[str, str]:
+    """(page.html with the notes as text, its Content-Security-Policy: its own script and style, this server alone)."""
+    page = Path(__file__).with_name('page.html').read_text(encoding='utf-8')
+    digests = []
+    for tag in ('script', 'style'):
+        source = re.search(f'<{tag}>(.*?)</{tag}>', page, re.DOTALL).group(1)
+        digests.append(base64.b64encode(hashlib.sha256(source.encode()).digest()).decode())
+    policy = (f"default-src 'none'; script-src 'sha256-{digests[0]}'; style-src 'sha256-{digests[1]}'; "
+              "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    page = page.replace('[TEMPERATURE]', f'{options.default_temperature:g}')
+    return page.replace('[NOTES]', html.escape(options.notes)), policy
+
+
+def _check_pairs(name: str, values: list, other_name: str, others: list) -> None:
+    if len(values) != len(others):
+        raise HTTPException(400, f'{name} has {len(values)} items, {other_name} {len(others)}: they are pairs')
+
+
+def _added(answers: list[Generation]) -> dict:
+    return dict(truncated=[answer.truncated for answer in answers],
+                finish_reason=[answer.finish_reason for answer in answers])
+
+
+def _scores(scores: list[tuple[float, bool]]) -> dict:
+    return dict(log_likelihood=[score for score, _ in scores], is_greedy=[greedy for _, greedy in scores])
 
 
 async def _result(request: Request, thread: EngineThread, work):
@@ -139,7 +293,7 @@ async def _refuse(request: Request, error: RequestValidationError) -> JSONRespon
     """The first mistake in one line: the field, and what it must be.  The value itself is not repeated."""
     first = error.errors()[0]
     _, *path = first['loc']
-    fields = 'prefix_text, temperature' if request.url.path == '/generate' else 'prefix_text, text'
+    fields = ', '.join(BODIES[request.url.path].model_fields)
     if first['type'] == 'json_invalid':
         detail = f'the body is not JSON: {first["ctx"]["error"]} at character {first["loc"][1]}'
     elif not path or path[0] not in ALLOWED and first['type'] != 'extra_forbidden':
@@ -150,57 +304,3 @@ async def _refuse(request: Request, error: RequestValidationError) -> JSONRespon
         where = path[0] + ''.join(f'[{part}]' for part in path[1:] if isinstance(part, int))
         detail = f'{where}: {first["msg"]}; {path[0]} must be {ALLOWED[path[0]]}'
     return JSONResponse({'detail': detail}, 400)
-
-
-class Guard:
-    """ASGI middleware: who may ask (Host), in which form (application/json, not compressed), how much, how slowly."""
-
-    def __init__(self, app, options: Options):
-        self.app, self.options = app, options
-
-    async def __call__(self, scope, receive, send):
-        if scope['type'] != 'http':
-            return await self.app(scope, receive, send)
-        headers = {name: value.decode('latin-1') for name, value in scope['headers']}
-        refusal, body = self._refusal(scope['method'], headers), b''
-        if refusal is None and scope['method'] == 'POST':
-            try:
-                body = await asyncio.wait_for(self._body(receive), self.options.body_seconds)
-            except TimeoutError:
-                refusal = 408, f'the body did not arrive within {self.options.body_seconds:g} seconds'
-            if body is None:
-                refusal = 413, f'more than {self.options.max_body_bytes} bytes of body (--lm_server.max_body_bytes)'
-        if refusal is not None:
-            status, detail = refusal
-            return await JSONResponse({'detail': detail}, status, {'Connection': 'close'})(scope, receive, send)
-
-        async def replay():
-            nonlocal body
-            if body is None:
-                return await receive()  # from here on only news of a disconnect
-            message, body = dict(type='http.request', body=body, more_body=False), None
-            return message
-
-        await self.app(scope, replay, send)
-
-    def _refusal(self, method: str, headers: dict[bytes, str]) -> tuple[int, str] | None:
-        host = headers.get(b'host', '').lower()
-        name = host.rpartition(':')[0] if host.rpartition(':')[2].isdigit() else host
-        if self.options.allowed_hosts is not None and name not in self.options.allowed_hosts:
-            return 400, f'this server answers only to the host names {", ".join(self.options.allowed_hosts)}'
-        kind = headers.get(b'content-type', '').partition(';')[0].strip().lower()
-        if method == 'POST' and kind != 'application/json':
-            return 415, 'send the header Content-Type: application/json'
-        if headers.get(b'content-encoding', 'identity').lower() != 'identity':
-            return 415, 'compressed bodies are not accepted'
-        return None
-
-    async def _body(self, receive) -> bytes | None:
-        """The whole body, or None as soon as it is larger than allowed."""
-        body, more = b'', True
-        while more:
-            message = await receive()
-            body, more = body + message.get('body', b''), message.get('more_body', False)
-            if len(body) > self.options.max_body_bytes:
-                return None
-        return body

@@ -1,4 +1,4 @@
-"""Text in, text or scores out: a batched engine of a few compiled programs.  Before: sampling.py; after: api.py.
+"""Text in, text or scores out: a batched engine of a few compiled programs.  Before: sampling.py; after: thread.py.
 
 Requests are sorted by length and cut into batches of `batch_size` rows (dummy rows fill the last one).  Prompts are
 padded on the right to a length bucket, 16 32 64 128 ..., so programs are few and padding is below a factor of two:
@@ -7,19 +7,18 @@ padded on the right to a length bucket, 16 32 64 128 ..., so programs are few an
   grow[S, 2S]  a longer cache: it starts at twice the prompt's bucket and doubles only for a batch that needs more
   decode[S]    token after token in one lax.while_loop on the device, until every row has stopped, or the budget or the
                cache is used up: no step runs for a batch that has stopped
+  beams[T]     prompts through the network, then a beam search to its end in one loop (num_beams > 1; beams.py)
   score[T, P]  log-likelihoods of at most P tokens after places of a row of at most T; the head at those places only
+  first        log-likelihoods of all tokens as the first of a text that nothing stands before
 
 Each is one `jax.shard_map` over ('dp', 'fsdp', 'mp'): rows split over dp and fsdp, heads and vocabulary over mp.  They
 are compiled ahead of use and kept (`compilations` counts them): a shape seen before, or warmed up, never waits again.
 
 EasyLM's server pads on the left behind one bos, with positions that skip the padding: the sequence is the one we pad on
-the right.  Only a text scored without any prefix differs: EasyLM asks a padding token for its first token, we ask bos.
+the right.  Only for a text without any prefix the padding matters there, and here: see `_first_token`.
 """
 import dataclasses
-import threading
-import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -34,10 +33,12 @@ from model.config import Compute, LlamaConfig
 from model.llama import DTYPES, Llama, hidden_states, partitions
 from model.loss import logits, token_cross_entropy
 from model.partition import BATCH, all_gather, pytree
+from serving import beams
 from serving.sampling import choose, row_keys
 
 SMALLEST_PROMPT, SMALLEST_TEXT, SMALLEST_CACHE = 16, 4, 64  # buckets, in tokens
-PROGRAMS = ('generate', 'loglikelihood')  # what `warm_up` can compile, by the names of the endpoints
+PROGRAMS = ('generate', 'greedy_until', 'chat', 'loglikelihood')  # what `warm_up` can compile: EasyLM's names
+CHECK_EVERY = 16  # tokens between two looks for a stop text
 
 
 class RequestError(ValueError):
@@ -48,7 +49,7 @@ class Generation(NamedTuple):
     """The answer to one prompt.
 
     token_ids: the new tokens without EOS.  prompt_tokens: how many the model saw, bos included.  finish_reason: 'stop'
-    at EOS, 'length' at the budget.  truncated: the prompt was too long and lost its beginning.
+    at EOS or a stop text, 'length' at the budget.  truncated: the prompt was too long and lost its beginning.
     """
 
     text: str
@@ -94,10 +95,12 @@ class ScoreRow(NamedTuple):
 
 def score_rows(pairs: list[tuple[list[int], list[int]]]) -> list[ScoreRow]:
     """The rows that answer all (prefix, text) pairs.  Texts of one token after the same prefix share a row: the answers
-    of a classification cost one pass together.
+    of a classification cost one pass together.  A text of no tokens has no row.
     """
     rows, shared = [], {}
     for pair, (before, after) in enumerate(pairs):
+        if not after:
+            continue
         key = tuple(before)
         if len(after) == 1 and key in shared:
             row = shared[key]
@@ -113,6 +116,26 @@ def score_rows(pairs: list[tuple[list[int], list[int]]]) -> list[ScoreRow]:
     return rows
 
 
+def rolling_windows(ids: list[int], bos: int, window: int) -> list[tuple[list[int], list[int]]]:
+    """(before, after) pairs that score each of `ids` once, no pair longer than `window` + 1 tokens: EasyLM's windows.
+
+    The first begins with bos, each other with the token before its first; they do not overlap, except that the last is
+    moved to the left until it is full, so that what it scores has more before it.
+    """
+    tokens, pairs = [bos, *ids], []
+    for start in range(0, len(ids), window):
+        begin = max(0, min(start, len(ids) - window))
+        pairs.append((tokens[begin:start + 1], ids[start:start + window]))
+    return pairs
+
+
+def before_stops(text: str, stops: list[str]) -> str:
+    """`text` up to the first of each stop text, one after the other, as EasyLM cuts it."""
+    for stop in stops:
+        text = text.split(stop, maxsplit=1)[0]
+    return text
+
+
 def bucket(length: int, limit: int, smallest: int, per_octave: int = 1) -> int:
     """The smallest of `smallest` * 2^n * (1 + i / per_octave), or `limit` itself, that holds `length` <= limit."""
     size = smallest
@@ -126,16 +149,18 @@ class Engine:
     """Generates from and scores with one model.  Not thread-safe: one thread calls it (EngineThread).
 
     input_length: most tokens of a prompt, bos included.  seq_length - input_length: most new tokens (EasyLM's meaning).
-    top_k 0 and top_p 1.0 switch their filter off; do_sample=False makes every request greedy.
+    top_k 0 and top_p 1.0 switch their filter off; do_sample=False makes every request greedy, or with num_beams above 1
+    a beam search, for which temperature, top_k and top_p mean nothing.
     score_buckets: lengths an octave that `loglikelihood` pads to: more waste less, and compile more programs.
     Raises ValueError, before any work, for values that cannot go together.
     """
 
     def __init__(self, params: Llama, config: LlamaConfig, compute: Compute, tokenizer: Tokenizer, mesh: Mesh, *,
                  batch_size: int, input_length: int, seq_length: int, top_k: int = 50, top_p: float = 1.0,
-                 do_sample: bool = True, add_bos_token: bool = True, seed: int = 42, score_buckets: int = 1):
+                 do_sample: bool = True, num_beams: int = 1, add_bos_token: bool = True, seed: int = 42,
+                 score_buckets: int = 1):
         check_lengths(input_length, seq_length, config)
-        check_sampling(top_k, top_p)
+        check_sampling(top_k, top_p, do_sample, num_beams)
         check_batch_size(batch_size, mesh)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
@@ -144,12 +169,13 @@ class Engine:
         self._params = jax.tree.map(lambda x: x.astype(DTYPES[compute.dtype]), params)
         self.config, self.compute, self.tokenizer, self.mesh = config, compute, tokenizer, mesh
         self.batch_size, self.input_length, self.seq_length = batch_size, input_length, seq_length
-        self.top_k, self.top_p, self.do_sample, self.seed = top_k, top_p, do_sample, seed
+        self.top_k, self.top_p, self.do_sample, self.num_beams, self.seed = top_k, top_p, do_sample, num_beams, seed
         self._bos = [tokenizer.bos_token_id] if add_bos_token else []
         self._score_buckets = score_buckets
         self.compilations = 0
         self._programs = {}
         self._requests = 0
+        self._first_V = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -168,34 +194,105 @@ class Engine:
         budget = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= budget <= self.max_new_tokens:
             raise RequestError(f'{max_new_tokens=} must be from 1 to {self.max_new_tokens} (seq_length - input_length)')
-        encoded = [self._encode_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+        encoded = [self._window(self._encode(prompt, index)) for index, prompt in enumerate(prompts)]
         first, self._requests = self._requests, self._requests + len(prompts)
         temperature = temperature if self.do_sample else 0.0
         answers = [None] * len(prompts)
         for chosen in self._batches([len(ids) for ids, _ in encoded]):
-            outputs = self._generate_batch([encoded[i][0] for i in chosen], [first + i for i in chosen],
-                                           temperature, budget)
+            batch = [encoded[i][0] for i in chosen]
+            if self.num_beams > 1:
+                outputs = self._beam_batch(batch, budget)
+            else:
+                outputs = self._generate_batch(batch, [first + i for i in chosen], temperature, budget)
             for i, output in zip(chosen, outputs, strict=True):
                 ids, truncated = encoded[i]
                 answers[i] = self._answer(output, len(ids), truncated)
             progress(len(chosen))
         return answers
 
+    def greedy_until(self, prompts: list[str], stops: list[list[str]], max_length: int) -> list[Generation]:
+        """The greedy continuation of each prompt, cut before its first stop text; at most max_length tokens, or EOS.
+
+        An answer longer than seq_length - input_length is made in several windows: each begins with the last tokens, at
+        most input_length with bos, of prompt and answer so far (`truncated` says whether any were dropped).  token_ids
+        may run past the stop text.  Raises as `generate` does.
+        """
+        encoded = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
+        outputs, going, made = [[] for _ in prompts], range(len(prompts)), 0
+        reasons, truncated = ['length'] * len(prompts), [False] * len(prompts)
+        while going and made < max_length:
+            budget = min(self.max_new_tokens, max_length - made)
+            windows = [self._window(encoded[i] + outputs[i]) for i in going]
+            for batch in self._batches([len(ids) for ids, _ in windows]):
+                chosen = [going[b] for b in batch]
+
+                def stopped(row, tokens, chosen=chosen):
+                    text = self._text(outputs[chosen[row]] + tokens)
+                    return before_stops(text, stops[chosen[row]]) != text
+
+                new = self._generate_batch([windows[b][0] for b in batch], [0] * len(batch), 0.0, budget, stopped)
+                for row, (b, i) in enumerate(zip(batch, chosen, strict=True)):
+                    truncated[i] |= windows[b][1]
+                    ids, reason = self._until_eos(new[row])
+                    reasons[i] = 'stop' if stopped(row, ids) else reason
+                    outputs[i] += ids
+            made += budget
+            going = [i for i in going if reasons[i] == 'length']
+        return [Generation(before_stops(self._text(ids), stops[i]), ids, len(encoded[i]) + len(self._bos), reasons[i],
+                           truncated[i]) for i, ids in enumerate(outputs)]
+
     def loglikelihood(self, prefixes: list[str], texts: list[str],
                       progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
         """(log-likelihood of text after prefix in nats, whether greedy decoding would give that text) of each pair.
 
         Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.
-        Several texts of one token after the same prefix cost no more than one of them.
+        Several texts of one token after the same prefix cost no more than one of them.  A text of no tokens has
+        likelihood 1 and is greedy.  The first token of a text without prefix: see `_first_token`.
         Raises RequestError for a pair longer than seq_length, FloatingPointError for a score that is not finite.
         """
         pairs = [self._encode_pair(prefix, text, index)
                  for index, (prefix, text) in enumerate(zip(prefixes, texts, strict=True))]
-        return self._score_pairs(pairs, progress)
+        firsts = {}
+        for index, (before, after) in enumerate(pairs):
+            if before == self._bos and after:
+                firsts[index], pairs[index] = after[0], (before + after[:1], after[1:])
+        answers = self._score_pairs(pairs, progress)
+        for index, token in firsts.items():
+            first_V, (score, greedy) = self._first_token(), answers[index]
+            answers[index] = score + float(first_V[token]), bool(greedy and first_V[token] == first_V.max())
+        return answers
+
+    def loglikelihood_rolling(self, texts: list[str]) -> list[tuple[float, bool]]:
+        """(log-likelihood of all tokens of the text in nats, whether each is the likeliest) of each text of any length.
+
+        The first token follows bos (also where prompts go without bos); a text longer than seq_length is scored in
+        windows (`rolling_windows`).  Raises FloatingPointError for a score that is not finite.
+        """
+        windows = [rolling_windows(self.tokenizer.encode(text), self.tokenizer.bos_token_id, self.seq_length)
+                   for text in texts]
+        scores = iter(self._score_pairs([pair for pairs in windows for pair in pairs]))
+        parts = [[next(scores) for _ in pairs] for pairs in windows]
+        return [(sum((score for score, _ in part), 0.0), all(greedy for _, greedy in part)) for part in parts]
+
+    def _first_token(self) -> np.ndarray:
+        """log p [V] of every token as the first of a text without prefix: a constant of the model, computed once.
+
+        EasyLM's definition: it pads the missing prefix, hides the padding from every token, and asks the last padding
+        token.  That token sees bos alone and not itself, and no later token sees it.
+        Raises FloatingPointError for weights that are not finite.
+        """
+        if self._first_V is None:
+            first_V = np.asarray(self._run('first', self._params))
+            if not np.isfinite(first_V).all():
+                raise FloatingPointError('log-likelihood not finite: the weights may be damaged')
+            self._first_V = first_V
+        return self._first_V
 
     def _score_pairs(self, pairs: list[tuple[list[int], list[int]]],
                      progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
-        rows, answers = score_rows(pairs), [None] * len(pairs)
+        rows, answers = score_rows(pairs), [(0.0, True)] * len(pairs)
+        if without := sum(not after for _, after in pairs):
+            progress(without)
         for chosen in self._batches([len(row.tokens) for row in rows]):
             batch = [rows[i] for i in chosen]
             nll_BP, correct_BP = self._score_batch(batch)
@@ -208,32 +305,38 @@ class Engine:
             progress(sum(len(row.spans) for row in batch))
         return answers
 
-    def _encode_prompt(self, prompt: str, index: int) -> tuple[list[int], bool]:
-        """(token ids, whether the beginning was cut off); bos stays at position 0."""
+    def _encode(self, prompt: str, index: int) -> list[int]:
+        """The ids of a prompt, without bos.  Raises RequestError where the model would see nothing at all."""
         ids = self.tokenizer.encode(prompt)
-        room = self.input_length - len(self._bos)
         if not self._bos + ids:
             raise RequestError(f'prefix_text[{index}] is empty, and there is no bos (--add_bos_token=False) to go on')
+        return ids
+
+    def _window(self, ids: list[int]) -> tuple[list[int], bool]:
+        """(bos and the last of `ids`, input_length at most together, whether the first were cut off)."""
+        room = self.input_length - len(self._bos)
         return self._bos + ids[-room:], len(ids) > room
 
     def _encode_pair(self, prefix: str, text: str, index: int) -> tuple[list[int], list[int]]:
         """(bos and prefix, text) as token ids; nothing is cut off: the score of a part says nothing of the whole."""
-        before, after = self._bos + self.tokenizer.encode(prefix), self.tokenizer.encode(text)
-        if not before:
-            raise RequestError(f'prefix_text[{index}] is empty, and there is no bos (--add_bos_token=False) to go on')
+        before, after = self._bos + self._encode(prefix, index), self.tokenizer.encode(text)
         if len(before) + len(after) > self.seq_length + 1:
             raise RequestError(f'prefix_text[{index}] and text[{index}] have {len(before)} (with bos) and {len(after)} '
                                f'tokens: at most {self.seq_length + 1} together (seq_length + 1) can be scored')
         return before, after
 
     def _answer(self, output: list[int], prompt_tokens: int, truncated: bool) -> Generation:
-        """Cuts the tokens of one row at EOS."""
+        ids, reason = self._until_eos(output)
+        return Generation(self._text(ids), ids, prompt_tokens, reason, truncated)
+
+    def _until_eos(self, output: list[int]) -> tuple[list[int], str]:
+        """(the tokens before EOS, finish_reason) of one row."""
         eos = self.tokenizer.eos_token_id
-        reason = 'stop' if eos in output else 'length'
-        ids = output[:output.index(eos)] if eos in output else output
+        return (output[:output.index(eos)], 'stop') if eos in output else (output, 'length')
+
+    def _text(self, ids: list[int]) -> str:
         # sentencepiece drops the blank that begins a text, byte-level BPE keeps it: an answer begins without it in both
-        text = self.tokenizer.decode(ids).removeprefix(' ')
-        return Generation(text, ids, prompt_tokens, reason, truncated)
+        return self.tokenizer.decode(ids).removeprefix(' ')
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Indices of requests, those of like length together, at most batch_size in a batch."""
@@ -242,25 +345,53 @@ class Engine:
 
     # ------------------------------------------------------------ one batch, on the host
 
-    def _generate_batch(self, prompts: list[list[int]], requests: list[int], temperature: float,
-                        budget: int) -> list[list[int]]:
-        """The tokens chosen for each prompt; a row that stopped early repeats EOS."""
-        longest = max(map(len, prompts))
-        length = bucket(longest, self.input_length, SMALLEST_PROMPT)
-        needed = length + budget
-        tokens_BT = self._padded(prompts, length)
-        rows = Rows(self._column([len(prompt) for prompt in prompts], np.int32, dummy=1),
-                    self._column([request % 2**32 for request in requests], np.uint32),
-                    self._column([temperature] * len(prompts), np.float32), self._column([True] * len(prompts), bool))
+    def _generate_batch(self, prompts: list[list[int]], requests: list[int], temperature: float, budget: int,
+                        stopped: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
+        """The tokens chosen for each prompt; a row that stopped early repeats EOS.
+
+        stopped(row, its tokens): asked every CHECK_EVERY tokens whether the row may stop.
+        """
+        tokens_BT, rows = self._prompts(prompts, requests, temperature)
+        longest, length = max(map(len, prompts)), tokens_BT.shape[1]
+        needed, limit = length + budget, 1
         state = self._run('prefill', self._params, tokens_BT, rows)
-        while bool(state.running) and int(state.step) < budget:
-            length = self._longer(length, needed)
-            state = self._run('grow', state, static=length)
-            # choosing token n puts token n - 1 into slot longest + n - 1 at the furthest, which must be below `length`
-            state = self._run('decode', self._params, state, rows, np.int32(min(budget, length - longest + 1)))
+        while bool(state.running) and (step := int(state.step)) < budget:
+            if step == limit:
+                length = self._longer(length, needed)
+                state = self._run('grow', state, static=length)
+                # choosing token n puts token n - 1 into slot longest + n - 1 at the furthest: it must be below `length`
+                limit = min(budget, length - longest + 1)
+            until = limit if stopped is None else min(limit, step + CHECK_EVERY)
+            state = self._run('decode', self._params, state, rows, np.int32(until))
+            if stopped is not None:
+                state = self._stop(state, len(prompts), stopped)
         if not np.asarray(state.finite_B).all():
             raise FloatingPointError('logits are not finite: the weights may be damaged')
         return np.asarray(state.output_BW)[:len(prompts), :int(state.step)].tolist()
+
+    def _stop(self, state: State, count: int, stopped: Callable[[int, list[int]], bool]) -> State:
+        """The state in which the rows that `stopped` answers yes for have finished."""
+        output_BW, finished_B = np.asarray(state.output_BW)[:, :int(state.step)], np.array(state.finished_B)
+        for row in range(count):
+            finished_B[row] = finished_B[row] or stopped(row, output_BW[row].tolist())
+        return dataclasses.replace(state, finished_B=finished_B, running=~finished_B.all())
+
+    def _beam_batch(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
+        """The tokens of each prompt's best beam."""
+        tokens_BT, rows = self._prompts(prompts, [0] * len(prompts), 0.0)
+        output_BW, finite_B, step = jax.device_get(
+            self._run('beams', self._params, tokens_BT, rows, np.int32(budget)))
+        if not finite_B.all():
+            raise FloatingPointError('logits are not finite: the weights may be damaged')
+        return output_BW[:len(prompts), :int(step)].tolist()
+
+    def _prompts(self, prompts: list[list[int]], requests: list[int], temperature: float) -> tuple[np.ndarray, Rows]:
+        """(tokens_BT padded to a bucket, what stays the same of the batch)."""
+        tokens_BT = self._padded(prompts, bucket(max(map(len, prompts)), self.input_length, SMALLEST_PROMPT))
+        return tokens_BT, Rows(
+            self._column([len(prompt) for prompt in prompts], np.int32, dummy=1),
+            self._column([request % 2**32 for request in requests], np.uint32),
+            self._column([temperature] * len(prompts), np.float32), self._column([True] * len(prompts), bool))
 
     def _longer(self, length: int, needed: int) -> int:
         """The next cache length: double, at least SMALLEST_CACHE, at most the bucket of prompt and whole answer."""
@@ -309,10 +440,7 @@ class Engine:
 
     def _choose(self, params, state: State, h_B1M, rows: Rows) -> State:
         """Chooses token number `step` of every row.  Every mp device sees all logits, so all of them choose alike."""
-        logits_BV = all_gather(logits(params, h_B1M)[:, 0], 'B V/mp -> B V')
-        finite_B = jnp.isfinite(logits_BV).all(axis=-1) | state.finished_B
-        # ids past the tokenizer's last (a vocabulary padded to a round size) mean nothing
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.tokenizer.vocab_size, logits_BV, -jnp.inf)
+        logits_BV, finite_B = self._next_logits(params, h_B1M)
         keys_B = row_keys(self.seed, rows.requests_B, rows.lengths_B + state.step)
         token_B = choose(logits_BV, keys_B, rows.temperature_B, self.top_k, self.top_p)
         token_B = jnp.where(state.finished_B, self.tokenizer.eos_token_id, token_B)
@@ -320,7 +448,46 @@ class Engine:
         # the devices of one loop must leave it together: their layers exchange data
         running = lax.pmax(~finished_B.all(), ('dp', 'fsdp'))
         return State(state.cache, token_B, lax.dynamic_update_slice(state.output_BW, token_B[:, None], (0, state.step)),
-                     finished_B, state.finite_B & finite_B, state.step + 1, running)
+                     finished_B, state.finite_B & (finite_B | state.finished_B), state.step + 1, running)
+
+    def _next_logits(self, params, h_B1M):
+        """(logits_BV of the next token on every mp device, whether they are finite)."""
+        logits_BV = all_gather(logits(params, h_B1M)[:, 0], 'B V/mp -> B V')
+        # ids past the tokenizer's last (a vocabulary padded to a round size) mean nothing
+        meant_V = jnp.arange(logits_BV.shape[-1]) < self.tokenizer.vocab_size
+        return jnp.where(meant_V, logits_BV, -jnp.inf), jnp.isfinite(logits_BV).all(axis=-1)
+
+    def _beams(self, params, tokens_BT, rows: Rows, limit):
+        """(output_BW, finite_B, step) of a beam search of `limit` tokens.  Each prompt has E rows of the cache."""
+        (B, T), E = tokens_BT.shape, self.num_beams
+        length = bucket(T + self.max_new_tokens, self.seq_length, SMALLEST_CACHE)
+        cache = init_cache(self.config, B, length, DTYPES[self.compute.dtype], lax.axis_size('mp'))
+        h_BTM, cache = hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), self.config, self.compute,
+                                     cache=cache)
+        h_B1M = jnp.take_along_axis(h_BTM, rows.lengths_B[:, None, None] - 1, axis=1)
+        h_R1M, cache = jnp.repeat(h_B1M, E, axis=0), jax.tree.map(lambda x: jnp.repeat(x, E, axis=1), cache)
+
+        def choose_next(search, cache, finite_B, h_R1M):
+            logits_RV, finite_R = self._next_logits(params, h_R1M)
+            finite_B &= finite_R.reshape(B, E).all(axis=1) | ~search.open_B
+            log_probs_BEV = jax.nn.log_softmax(logits_RV).reshape(B, E, -1)
+            search, parents_BE = beams.advance(search, log_probs_BEV, self.input_length, self.tokenizer.eos_token_id)
+            parents_R = (parents_BE + E * jnp.arange(B)[:, None]).reshape(-1)
+            running = lax.pmax(search.open_B.any(), ('dp', 'fsdp'))
+            return search, jax.tree.map(lambda x: x[:, parents_R], cache), finite_B, running
+
+        def step(state):
+            search, cache, finite_B, _ = state
+            token_R1 = lax.dynamic_slice_in_dim(search.tokens_BEW, search.step - 1, 1, axis=2).reshape(B * E, 1)
+            positions_R1 = (jnp.repeat(rows.lengths_B, E) + search.step - 1)[:, None]
+            h_R1M, cache = hidden_states(params, token_R1, jnp.ones_like(token_R1), self.config, self.compute,
+                                         positions_BT=positions_R1, cache=cache)
+            return choose_next(search, cache, finite_B, h_R1M)
+
+        search = beams.start(rows.real_B, E, self.max_new_tokens, self.tokenizer.eos_token_id)
+        search, _, finite_B, _ = lax.while_loop(lambda state: state[3] & (state[0].step < limit), step,
+                                                choose_next(search, cache, jnp.ones(B, bool), h_R1M))
+        return beams.best(search), finite_B, search.step
 
     def _grow(self, state: State, length: int) -> State:
         longer = jax.tree.map(
@@ -333,16 +500,33 @@ class Engine:
         h_BPM = jnp.take_along_axis(h_BTM, positions_BP[..., None], axis=1)
         return token_cross_entropy(params, h_BPM, targets_BP)
 
+    def _first(self, params):
+        """log p [V] of the token after a padding token that sees bos alone.
+
+        In the cache bos has slot 0 and the padding token slot 1, but its position is 0: it sees slot 0 only.
+        """
+        tokens_12 = jnp.array([[self.tokenizer.bos_token_id, self.tokenizer.pad_token_id]], jnp.int32)
+        cache = init_cache(self.config, 1, 2, DTYPES[self.compute.dtype], lax.axis_size('mp'))
+        h_12M, _ = hidden_states(params, tokens_12, None, self.config, self.compute, cache=cache,
+                                 positions_BT=jnp.zeros((1, 2), jnp.int32))
+        return jax.nn.log_softmax(all_gather(logits(params, h_12M[:, 1:])[0], 'P V/mp -> P V')[0])
+
     # ------------------------------------------------------------ compiling
 
     def warm_up(self, programs: tuple[str, ...] = PROGRAMS) -> Iterator[None]:
         """Compiles, without running, every program that a request of the named kinds can need; yields after each.
 
-        Of loglikelihood, those for texts of up to SMALLEST_TEXT tokens; longer texts compile when they come.
+        Of loglikelihood, those for texts of up to SMALLEST_TEXT tokens; longer texts, and rolling ones, compile when
+        they come.
         """
         B, shape = self.batch_size, jax.ShapeDtypeStruct
-        if 'generate' in programs:
-            rows = Rows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
+        rows = Rows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
+        answers = {'generate', 'chat'} & set(programs)
+        if answers and self.num_beams > 1:
+            for length in self._buckets(self.input_length):
+                self._compile('beams', self._params, shape((B, length), np.int32), rows, shape((), np.int32))
+                yield
+        if 'greedy_until' in programs or answers and self.num_beams == 1:
             for length in self._buckets(self.input_length):
                 state = self._compile('prefill', self._params, shape((B, length), np.int32), rows).out_info
                 yield
@@ -353,6 +537,8 @@ class Engine:
                     self._compile('decode', self._params, state, rows, shape((), np.int32))
                     yield
         if 'loglikelihood' in programs:
+            self._compile('first', self._params)
+            yield
             few_BP = shape((B, bucket(1, self.seq_length, SMALLEST_TEXT)), np.int32)
             for length in self._buckets(self.seq_length, self._score_buckets):
                 self._compile('score', self._params, shape((B, length), np.int32), few_BP, few_BP)
@@ -394,7 +580,9 @@ class Engine:
             'prefill': (self._prefill, (params, BATCH, rows), state, ()),
             'grow': (lambda state: self._grow(state, static), (state,), state, ()),
             'decode': (self._decode, (params, state, rows, everywhere), state, (1,)),
+            'beams': (self._beams, (params, BATCH, rows, everywhere), (BATCH, BATCH, everywhere), ()),
             'score': (self._score, (params, BATCH, BATCH, BATCH), (BATCH, BATCH), ()),
+            'first': (self._first, (params,), everywhere, ()),
         }[name]
 
 
@@ -416,75 +604,14 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
                          'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
 
 
-def check_sampling(top_k: int, top_p: float) -> None:
+def check_sampling(top_k: int, top_p: float, do_sample: bool = True, num_beams: int = 1) -> None:
     """Raises ValueError naming the flag."""
     if top_k < 0:
         raise ValueError(f'{top_k=} must be at least 0; 0 switches it off (--top_k)')
     if not 0 < top_p <= 1:
         raise ValueError(f'{top_p=} must be above 0 and at most 1; 1.0 switches it off (--top_p)')
-
-
-# ---------------------------------------------------------------- the thread that owns JAX
-
-
-class QueueFull(Exception):
-    """As many requests wait as may wait."""
-
-
-class EngineFailed(Exception):
-    """The engine raised something unforeseen; it takes no more work."""
-
-
-class EngineThread:
-    """One thread calls the engine; requests stand in a bounded line before it.
-
-    Work is any function of the engine: `submit(lambda engine: engine.generate(...))`.  The first work is to warm up.
-    A RequestError or FloatingPointError concerns one request; after any other exception no work is done (`failure`).
-    """
-
-    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS):
-        self.failure: BaseException | None = None
-        self._engine = engine
-        self._closing = False
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix='engine')
-        self._places = threading.BoundedSemaphore(queue_size + 1)  # + the one that is being served
-        self._queue_size = queue_size
-        self.warm = self._executor.submit(self._warm_up, warm_up)
-        self.warm.add_done_callback(self._note_failure)
-
-    @property
-    def ready(self) -> bool:
-        """Warmed up, not failed, not closing."""
-        return self.warm.done() and self.failure is None and not self._closing
-
-    def submit(self, work: Callable) -> Future:
-        """A Future of work(engine); raises QueueFull or EngineFailed.  What the work raises is in the Future."""
-        if self.failure is not None:
-            raise EngineFailed
-        if not self._places.acquire(blocking=False):
-            raise QueueFull(f'{self._queue_size} requests are waiting already')
-        future = self._executor.submit(self._work, work)
-        future.add_done_callback(lambda _: self._places.release())
-        future.add_done_callback(self._note_failure)
-        return future
-
-    def _work(self, work: Callable):
-        if self.failure is not None:
-            raise EngineFailed
-        return work(self._engine)
-
-    def _warm_up(self, programs: tuple[str, ...]) -> None:
-        for _ in self._engine.warm_up(programs):
-            if self._closing:
-                return
-
-    def close(self) -> None:
-        """Waits for the work that is under way or in line, not for warming up; afterwards nothing may be submitted."""
-        self._closing = True
-        self._executor.shutdown(wait=True)
-
-    def _note_failure(self, future: Future) -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None and not isinstance(error, RequestError | FloatingPointError | EngineFailed):
-            self.failure = error
-            traceback.print_exception(error)
+    if num_beams < 1:
+        raise ValueError(f'{num_beams=} must be at least 1; 1 is no beam search (--num_beams)')
+    if num_beams > 1 and do_sample:
+        raise ValueError(f'{num_beams=} searches and does not draw, but {do_sample=}: add --do_sample=False, or leave '
+                         '--num_beams out')

@@ -1,8 +1,14 @@
-"""Claims about serving/api.py and serve.py, mostly with an engine that only pretends: answers and failures at will."""
+"""Claims about api, guard, thread and page of serving/, and about serve.py, mostly with an engine that only pretends:
+answers and failures at will.  tests/test_serve_easylm.py asks the real one.
+"""
 import asyncio
+import base64
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,13 +24,14 @@ from fastapi.testclient import TestClient
 import flags
 import serve
 from serving.api import Options, make_app
-from serving.engine import EngineFailed, EngineThread, Generation, RequestError
+from serving.engine import Generation, RequestError
+from serving.thread import EngineFailed, EngineThread
 
 PROMPTS = ['[Text]: fine\n[Sentiment]:', '[Text]: dull é 😀\n[Sentiment]:']
 
 
 class FakeEngine:
-    """Answers with the length of the prompt.  `gate` holds every request back until it is set."""
+    """Answers with the length of the prompt.  `gate` holds every prompt back until it is set; `calls` is what came."""
 
     def __init__(self):
         self.gate, self.warm_gate, self.busy = threading.Event(), threading.Event(), threading.Event()
@@ -44,7 +51,17 @@ class FakeEngine:
             raise self.error
         return [Generation(f' {len(prompt)}', [len(prompt)], 2, 'stop', len(prompt) > 30) for prompt in prompts]
 
+    def greedy_until(self, prompts, stops, max_length):
+        self.calls.append((prompts, stops, max_length))
+        return [Generation('|'.join(stop), [1], 2, 'length', len(prompt) > 30)
+                for prompt, stop in zip(prompts, stops, strict=True)]
+
+    def loglikelihood_rolling(self, texts):
+        self.calls.append(texts)
+        return [(-float(len(text)), True) for text in texts]
+
     def loglikelihood(self, prefixes, texts):
+        self.calls.append((prefixes, texts))
         return [(-float(len(prefix + text)), prefix == '') for prefix, text in zip(prefixes, texts, strict=True)]
 
 
@@ -57,8 +74,8 @@ def engine():
 def served(engine):
     """(client, thread) of an app whose queue holds two requests besides the running one."""
     thread = EngineThread(engine, queue_size=2)
-    with TestClient(make_app(thread, Options(default_temperature=0.5, max_body_bytes=10_000, body_seconds=0.5)),
-                    base_url='http://127.0.0.1:5007') as client:
+    options = Options(default_temperature=0.5, greedy_until_max_length=70, max_body_bytes=10_000, body_seconds=0.5)
+    with TestClient(make_app(thread, options), base_url='http://127.0.0.1:5007') as client:
         yield client, thread
     engine.gate.set()
     thread.close()
@@ -95,9 +112,98 @@ def test_loglikelihood_without_prefix_scores_after_nothing(client, more):
         'prefix_text': ['', ''], 'text': ['abc', 'd'], 'log_likelihood': [-3.0, -1.0], 'is_greedy': [True, True]}
 
 
+def test_greedy_until_answers_as_easylm_with_added_fields(client, engine):
+    """An item of `until` is one stop text or several; max_length is the flag's where the request names none."""
+    body = {'prefix_text': PROMPTS, 'until': ['end', ['a', 'b']]}
+    assert client.post('/greedy-until', json=body).json() == body | {
+        'max_length': 70, 'output_text': ['end', 'a|b'], 'truncated': [False, False],
+        'finish_reason': ['length', 'length']}
+    assert client.post('/greedy-until', json=body | {'max_length': 5}).json()['max_length'] == 5
+    assert engine.calls == [(PROMPTS, [['end'], ['a', 'b']], length) for length in (70, 5)]
+
+
+def test_rolling_answers_as_easylm(client):
+    """Keys of EasyLM, nothing added."""
+    assert client.post('/loglikelihood-rolling', json={'text': ['abc', 'd']}).json() == {
+        'text': ['abc', 'd'], 'log_likelihood': [-3.0, -1.0], 'is_greedy': [True, True]}
+
+
+@pytest.mark.parametrize('more', [{}, {'context': ''}])
+def test_chat_goes_on_from_the_context_it_returned(client, engine, more):
+    """One string grows: context, prompt, response; a missing context is an empty one."""
+    first = client.post('/chat', json={'prompt': 'hello', 'temperature': 0.25} | more).json()
+    assert first == {'response': ' 5', 'context': 'hello 5', 'temperature': 0.25, 'truncated': False,
+                     'finish_reason': 'stop'}
+    second = client.post('/chat', json={'prompt': '!' * 30, 'context': first['context']}).json()
+    assert second['context'] == 'hello 5' + '!' * 30 + ' 37' and second['truncated'] and second['temperature'] == 0.5
+    assert engine.calls == [(['hello'], 0.25), (['hello 5' + '!' * 30], 0.5)]
+
+
+def test_the_flags_texts_stand_around_what_is_asked_and_not_in_what_is_answered(engine):
+    """EasyLM's order: prepend, text, append; in a chat all but chat_prepend_text becomes part of the context."""
+    options = Options(prepend_to_prefix='<p ', append_to_prefix=' p>', prepend_to_text='<t ', append_to_text=' t>',
+                      chat_prepend_text='SYSTEM', chat_user_prefix='<user ', chat_user_suffix=' user>',
+                      chat_lm_prefix='<lm', chat_lm_suffix=' lm>')
+    thread = EngineThread(engine, queue_size=2)
+    client = TestClient(make_app(thread, options), base_url='http://localhost')
+    answers = [client.post(path, json=body).json() for path, body in (
+        ('/generate', {'prefix_text': ['a'], 'temperature': 0}),
+        ('/greedy-until', {'prefix_text': ['a'], 'until': ['u']}),
+        ('/loglikelihood', {'prefix_text': ['a'], 'text': ['b']}),
+        ('/loglikelihood', {'text': ['b']}),
+        ('/loglikelihood-rolling', {'text': ['b']}),
+        ('/chat', {'prompt': 'hi', 'context': 'before ', 'temperature': 0}))]
+    assert engine.calls == [
+        (['<p a p>'], 0.0), (['<p a p>'], [['u']], 5000), (['<p a p>'], ['<t b t>']), (['<p  p>'], ['<t b t>']),
+        ['<t b t>'], (['SYSTEMbefore <user hi user><lm'], 0.0)]
+    assert [answer.get('prefix_text') for answer in answers] == [['a'], ['a'], ['a'], [''], None, None]
+    assert [answer.get('text') for answer in answers] == [None, None, ['b'], ['b'], ['b'], None]
+    assert answers[5]['context'] == 'before <user hi user><lm 30 lm>' and answers[5]['response'] == ' 30'
+    thread.close()
+
+
+@pytest.mark.parametrize('logging', [False, True])
+def test_only_logging_prints_what_is_asked_and_answered(engine, logging, capfd):
+    """Request and answer, characters that move a terminal's cursor spelled out; without the flag nothing at all."""
+    thread = EngineThread(engine, queue_size=2)
+    client = TestClient(make_app(thread, Options(logging=logging)), base_url='http://localhost')
+    client.post('/generate', json={'prefix_text': ['a \x1b[2J\x9b é'], 'temperature': 0})
+    client.post('/chat', json={'prompt': 'my prompt'})
+    printed = capfd.readouterr()
+    assert printed.err == '' and '\x1b' not in printed.out and '\x9b' not in printed.out
+    expected = ['/generate is asked', r"'a \x1b[2J\x9b é'", '/generate answers', "'output_text': [' 9']", 'my prompt']
+    assert [text in printed.out for text in expected] == [logging] * 5 and bool(printed.out) == logging
+    thread.close()
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_shows_the_notes_as_text_and_runs_its_own_script_alone(engine):
+    """The policy's hashes are those of the one script and the one style; markup in the notes is escaped."""
+    thread = EngineThread(engine, queue_size=2)
+    notes = '</div><script>alert(1)</script> & "[TEMPERATURE]"'
+    client = TestClient(make_app(thread, Options(notes=notes, default_temperature=0.25)), base_url='http://localhost')
+    answer = client.get('/')
+    page, policy = answer.text, answer.headers['content-security-policy']
+    assert answer.status_code == 200 and answer.headers['content-type'] == 'text/html; charset=utf-8'
+    assert '&lt;/div&gt;&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;[TEMPERATURE]&quot;' in page
+    assert 'value="0.25"' in page and '[NOTES]' not in page
+    for tag in ('script', 'style'):
+        source, = re.findall(f'<{tag}.*?>(.*?)</{tag}>', page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none';") and "connect-src 'self';" in policy and 'unsafe' not in policy
+    assert not re.search(r'\b(?:src|href|action|style|on\w+)=', page) and '//' not in page.split('<script>')[0]
+    assert 'innerHTML' not in page and len(page) < 8_000
+    assert client.get('/', headers={'Host': 'evil.example'}).status_code == 400
+    thread.close()
+
+
 # ---------------------------------------------------------------- refusals
 
 GOOD = {'prefix_text': ['a']}
+UNTIL = {'prefix_text': ['a'], 'until': ['.']}
 
 
 @pytest.mark.parametrize('path, body, expected', [
@@ -125,7 +231,33 @@ GOOD = {'prefix_text': ['a']}
     ('/loglikelihood', GOOD, 'text must be a list of 1 to'),
     ('/loglikelihood', '[1]', 'the body must be a JSON object with the fields prefix_text, text'),
     ('/loglikelihood', {'text': ['a'], 'temperature': 1}, "'temperature' is no field of /loglikelihood"),
-    ('/loglikelihood', {'text': ['a', 'b']} | GOOD, 'prefix_text has 1 strings, text 2'),
+    ('/loglikelihood', {'text': ['a', 'b']} | GOOD, 'prefix_text has 1 items, text 2: they are pairs'),
+    ('/loglikelihood-rolling', {}, 'text must be a list of 1 to'),
+    ('/loglikelihood-rolling', {'text': ['a']} | GOOD, "'prefix_text' is no field of /loglikelihood-rolling"),
+    ('/greedy-until', GOOD, 'until must be a list with one item for each prefix_text'),
+    ('/greedy-until', '7', 'a JSON object with the fields prefix_text, until, max_length'),
+    ('/greedy-until', UNTIL | {'until': '.'}, 'until must be a list with one item'),
+    ('/greedy-until', UNTIL | {'until': None}, 'until must be a list with one item'),
+    ('/greedy-until', UNTIL | {'until': ['']}, 'until[0]'),
+    ('/greedy-until', UNTIL | {'until': [['']]}, 'until[0]'),
+    ('/greedy-until', UNTIL | {'until': [['a', 7]]}, 'until[0]'),
+    ('/greedy-until', '{"prefix_text": ["a"], "until": [["\\udfff"]]}', 'until[0]'),
+    ('/greedy-until', UNTIL | {'until': ['a' * 1001]}, 'a string of 1 to 1000 characters'),
+    ('/greedy-until', UNTIL | {'until': [['a'] * 65]}, 'a list of at most 64 of them'),
+    ('/greedy-until', UNTIL | {'until': ['a', 'b']}, 'prefix_text has 1 items, until 2: they are pairs'),
+    ('/greedy-until', UNTIL | {'max_length': 0}, 'max_length must be a whole number of at least 1'),
+    ('/greedy-until', UNTIL | {'max_length': 1.5}, 'max_length must be a whole number of at least 1'),
+    ('/greedy-until', UNTIL | {'max_length': True}, 'max_length must be a whole number of at least 1'),
+    ('/greedy-until', UNTIL | {'max_length': 71}, 'max_length must be at most 70 here'),
+    ('/greedy-until', UNTIL | {'max_length': 10**30}, 'max_length'),
+    ('/greedy-until', UNTIL | {'temperature': 0}, "'temperature' is no field of /greedy-until"),
+    ('/chat', {}, 'prompt must be a string of valid Unicode'),
+    ('/chat', {'prompt': ['a']}, 'prompt must be a string of valid Unicode'),
+    ('/chat', '{"prompt": "\\ud800"}', 'prompt must be a string of valid Unicode'),
+    ('/chat', {'prompt': 'a', 'context': None}, 'context must be a string of valid Unicode'),
+    ('/chat', '{"prompt": "a", "context": "\\udc00"}', 'context must be a string of valid Unicode'),
+    ('/chat', {'prompt': 'a', 'temperature': -1}, 'temperature must be a finite number'),
+    ('/chat', {'prompt': 'a', 'history': []}, "'history' is no field of /chat: its fields are prompt, context, temp"),
 ])
 def test_a_bad_body_is_refused_in_one_line_that_names_the_field(client, engine, path, body, expected):
     """400, one line, no traceback; the engine is not called, and serves the next request."""
@@ -171,10 +303,21 @@ def test_a_body_over_the_cap_is_refused_before_it_is_read(client, engine):
     assert status(json.dumps({'prefix_text': ['a' * 9_979]})) == 200
 
 
-def test_only_these_three_paths_exist(client):
+def test_a_chat_is_at_most_a_million_characters(engine):
+    """Of prompt and of context each; a server with a larger body limit would else tokenise without end."""
+    thread = EngineThread(engine, queue_size=2)
+    client = TestClient(make_app(thread, Options()), base_url='http://localhost')
+    for length, status in ((1_000_000, 200), (1_000_001, 400)):
+        for body in ({'prompt': 'a' * length}, {'prompt': 'a', 'context': 'a' * length}):
+            assert client.post('/chat', json=body).status_code == status
+    thread.close()
+
+
+def test_no_other_paths_exist(client):
     """No documentation page (it loads scripts from elsewhere), no method but the right one."""
-    paths = ('/', '/docs', '/openapi.json', '/generate')
-    assert [client.get(path).status_code for path in paths] == [404, 404, 404, 405]
+    paths = ('/docs', '/openapi.json', '/page.html', '/generate', '/greedy-until', '/chat')
+    assert [client.get(path).status_code for path in paths] == [404, 404, 404, 405, 405, 405]
+    assert [client.post(path, json={}).status_code for path in ('/', '/ready')] == [405, 405]
 
 
 # ---------------------------------------------------------------- load and failure
@@ -299,7 +442,9 @@ def test_a_taken_port_is_named_before_the_model_is_opened(start):
     ('--lm_server.host=192.0.2.1', "lm_server.host='192.0.2.1' is no address of this computer"),
     ('--lm_server.default_temperature=-1', 'lm_server.default_temperature=-1.0 must be from 0'),
     ('--lm_server.default_temperature=nan', 'lm_server.default_temperature=nan must be from 0'),
-    ('--lm_server.pre_compile=chat', r"lm_server.pre_compile='chat' names \['chat'\]: use a comma list of generate"),
+    ('--lm_server.pre_compile=chat,x', r"lm_server.pre_compile='chat,x' names \['x'\]: use a comma list of generate"),
+    ('--lm_server.greedy_until_max_length=0', 'lm_server.greedy_until_max_length=0 must be at least 1'),
+    ('--num_beams=2', 'num_beams=2 searches and does not draw, but do_sample=True'),
     ('--lm_server.queue_size=-1', 'lm_server.queue_size=-1 must be at least 0'),
     ('--lm_server.max_body_bytes=0', 'lm_server.max_body_bytes=0 must be at least 1'),
     ('--top_p=0', 'top_p=0.0 must be above 0'),
@@ -308,6 +453,24 @@ def test_wrong_flags_are_named_before_the_model_is_opened(start, flag, message):
     """One line with the flag, its value and the remedy."""
     with pytest.raises(ValueError, match=message):
         start('--lm_server.port=0', flag)
+
+
+@pytest.mark.parametrize('pre_compile, names', [
+    ('all', ('generate', 'greedy_until', 'chat', 'loglikelihood')), ('', ()),
+    ('loglikelihood,greedy_until', ('loglikelihood', 'greedy_until')), (' chat , generate', ('chat', 'generate'))])
+def test_pre_compile_takes_easylms_names(pre_compile, names):
+    """loglikelihood, generate, greedy_until, chat, in a comma list; all of them; none."""
+    assert serve.programs_of(pre_compile) == names
+
+
+def test_every_flag_of_the_http_side_reaches_it():
+    """The fields of Options that are flags have the flags' names, defaults and values."""
+    own = {'body_seconds', 'allowed_hosts'}
+    assert serve.options_of(flags.parse(['serve.py'], flags.SERVE, '').lm_server) == Options()
+    names = {field.name for field in dataclasses.fields(Options)} - own
+    given = {name: {str: name, bool: True, int: 7, float: 0.5}[type(getattr(Options(), name))] for name in names}
+    arguments = [f'--lm_server.{name}={value}' for name, value in given.items()]
+    assert serve.options_of(flags.parse(['serve.py', *arguments], flags.SERVE, '').lm_server) == Options(**given)
 
 
 @pytest.mark.parametrize('host, warns', [('127.0.0.1', False), ('localhost', False), ('0.0.0.0', True)])

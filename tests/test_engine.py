@@ -5,18 +5,23 @@ so that the file runs in seconds.
 """
 import copy
 import json
+from types import SimpleNamespace
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from checkpoint.load import load_params
 from data.tokenizer import load_tokenizer
+from model import llama, loss
 from model.config import Compute, LlamaConfig, config_from_dict
 from model.partition import make_mesh
+from serving import beams
 from serving import engine as engine_file
-from serving.engine import Engine, RequestError, bucket, score_rows
+from serving.engine import Engine, RequestError, bucket, rolling_windows, score_rows
 
 PROMPTS = ['[Text]: the plot is thin .\n[Sentiment]:', 'a', 'the film', 'one two', '', 'it wastes a fine idea .']
 
@@ -53,10 +58,10 @@ def make(golden, tokenizer):
 
 @pytest.fixture(scope='module')
 def engine(make, quick_compilation):
-    """The engine most tests ask, warmed up: prefill[64], grow[64, 128], decode[128], score[64], score[128]."""
+    """The engine most tests ask, warmed up: prefill[64], grow[64, 128], decode[128], first, score[64], score[128]."""
     engine = make()
     list(engine.warm_up())
-    assert engine.compilations == 5
+    assert engine.compilations == 6
     return engine
 
 
@@ -64,7 +69,7 @@ def engine(make, quick_compilation):
 def cases(golden):
     """Requests to EasyLM's server with its answers, by endpoint."""
     cases = json.loads((golden / 'easylm' / 'serve.json').read_text())
-    return {path: [case for case in cases if case['path'] == path] for path in ('/generate', '/loglikelihood')}
+    return {path: [case for case in cases if case['path'] == path] for path in {case['path'] for case in cases}}
 
 
 def tokens(engine, temperature, prompts=PROMPTS, count=12):
@@ -85,23 +90,72 @@ def test_generate_equals_easylm(engine, cases):
 
 
 def test_loglikelihood_equals_easylm(engine, cases):
-    """Within 1e-3 nats of EasyLM's, and the same is_greedy.
-
-    Without a prefix EasyLM predicts the first token from a padding token behind bos, we from bos: 0.004 of 153 nats.
-    """
+    """Within 1e-3 nats of EasyLM's, and the same is_greedy; also without a prefix, where asking bos for the first token
+    would be off by 4e-3."""
     for case in cases['/loglikelihood']:
         texts, expected = case['request']['text'], case['response']
         prefixes = case['request'].get('prefix_text')
         scores, greedy = zip(*engine.loglikelihood(prefixes or [''] * len(texts), texts), strict=True)
-        np.testing.assert_allclose(scores, expected['log_likelihood'], atol=1e-3 if prefixes else 5e-3, rtol=0)
+        np.testing.assert_allclose(scores, expected['log_likelihood'], atol=1e-3, rtol=0)
         assert list(greedy) == expected['is_greedy']
+
+
+def test_loglikelihood_rolling_equals_easylm(engine, cases):
+    """Within 1e-3 nats of EasyLM's, and the same is_greedy; one text has 4.1 windows."""
+    for case in cases['/loglikelihood-rolling']:
+        scores, greedy = zip(*engine.loglikelihood_rolling(case['request']['text']), strict=True)
+        np.testing.assert_allclose(scores, case['response']['log_likelihood'], atol=1e-3, rtol=0)
+        assert list(greedy) == case['response']['is_greedy']
+
+
+def test_windows_score_every_token_once_and_the_last_is_full():
+    """Ten tokens in windows of four, by hand; what fits into one window begins with bos and is not moved."""
+    assert rolling_windows(list(range(10)), 99, 4) == [
+        ([99], [0, 1, 2, 3]), ([3], [4, 5, 6, 7]), ([5, 6, 7], [8, 9])]
+    assert rolling_windows(list(range(8)), 99, 4) == [([99], [0, 1, 2, 3]), ([3], [4, 5, 6, 7])]
+    assert rolling_windows([7], 99, 4) == [([99], [7])] and rolling_windows([], 99, 4) == []
+
+
+def test_the_first_token_of_a_text_without_prefix_sees_bos_alone(engine, tokenizer):
+    """Its probabilities sum to 1; the rest of the text does not see the padding: it is scored as behind bos and it."""
+    first_V, text = engine._first_token(), 'the film'
+    np.testing.assert_allclose(np.exp(first_V, dtype=np.float64).sum(), 1.0, rtol=1e-5)
+    token, *rest = tokenizer.encode(text)
+    (score, _), (alone, _) = engine.loglikelihood(['', ''], [text, tokenizer.decode([token])])
+    np.testing.assert_allclose(alone, first_V[token], rtol=1e-6)
+    (after, _), = engine._score_pairs([([tokenizer.bos_token_id, token], rest)])
+    np.testing.assert_allclose(score, first_V[token] + after, rtol=1e-6)
+    likeliest = tokenizer.decode([int(first_V.argmax())])
+    assert [greedy for _, greedy in engine.loglikelihood(['', ''], [likeliest, tokenizer.decode([token])])] == [
+        True, False]
+
+
+def test_a_text_of_no_tokens_has_likelihood_one(engine):
+    """As in EasyLM: the sum over nothing is 0, and nothing contradicts greedy."""
+    assert engine.loglikelihood(['a', ''], ['', '']) == [(0.0, True)] * 2
+    assert engine.loglikelihood_rolling(['']) == [(0.0, True)]
+
+
+def test_greedy_until_equals_easylm_up_to_eos(engine, cases):
+    """EasyLM writes out </s> and goes on; we end there.  Before it the texts are the same, cut where EasyLM's would be.
+    """
+    case, = cases['/greedy-until']
+    prompts, expected = case['request']['prefix_text'], case['response']['output_text']
+    before = [text.split('</s>')[0] for text in expected]
+    assert before == ['the script why o Posive', 'Posive']
+    answers = engine.greedy_until(prompts, case['request']['until'], 5000)
+    assert [(answer.text, answer.finish_reason) for answer in answers] == [(text, 'stop') for text in before]
+    for stops in (['o Pos', 'why'], ['y o'], ['v', 'script']):
+        for answer, text in zip(engine.greedy_until(prompts, [stops] * 2, 5000), before, strict=True):
+            assert answer.text == min((text.split(stop)[0] for stop in stops), key=len)
 
 
 def test_decoding_equals_the_forward_pass(engine, cases):
     """Each token of a greedy answer, EOS included, is the argmax of a forward without cache; a changed one is not."""
     prompts = cases['/generate'][0]['request']['prefix_text']
     answers = [answer.token_ids + [engine.tokenizer.eos_token_id] for answer in engine.generate(prompts, 0.0)]
-    pairs = [(engine._encode_prompt(prompt, 0)[0], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    pairs = [(engine._window(engine._encode(prompt, 0))[0], answer)
+             for prompt, answer in zip(prompts, answers, strict=True)]
     assert [greedy for _, greedy in engine._score_pairs(pairs)] == [True] * 3
     changed = [(prompt, answer[:-2] + [7, answer[-1]]) for prompt, answer in pairs]
     assert [greedy for _, greedy in engine._score_pairs(changed)] == [False] * 3
@@ -129,6 +183,130 @@ def test_no_step_runs_after_the_last_row_stopped(engine, cases, monkeypatch):
     assert [len(answer.token_ids) for answer in engine.generate(prompts, 0.0)] == [10, 6, 6]
     engine.generate(prompts[1:], 0.0)
     assert steps == [('prefill', 1), ('grow', 1), ('decode', 11), ('prefill', 1), ('grow', 1), ('decode', 7)]
+
+
+def test_greedy_until_stops_where_the_text_does_and_done_rows_leave(engine, monkeypatch):
+    """A stop text is noticed within CHECK_EVERY tokens, however often one looks; the others go on by themselves."""
+    prompts, stops = ['it wastes a fine idea .', 'hello', 'a'], [[]] * 3
+    full = [answer.text for answer in engine.greedy_until(prompts, stops, 64)]
+    stops = [[text[9:12]] for text in full]
+    expected = [text.split(stop)[0] for text, (stop,) in zip(full, stops, strict=True)]
+    assert all(0 < len(text) < 12 for text in expected)
+    steps, run = [], engine._run
+
+    def spy(name, *arguments, static=None):
+        state = run(name, *arguments, static=static)
+        steps.append(int(state.step))
+        return state
+
+    monkeypatch.setattr(engine, '_run', spy)
+    for every in (1, 16, 64):
+        monkeypatch.setattr(engine_file, 'CHECK_EVERY', every)
+        steps.clear()
+        answers = engine.greedy_until(prompts, stops, 64)
+        assert [(answer.text, answer.finish_reason) for answer in answers] == [(text, 'stop') for text in expected]
+        assert max(steps) <= 12 + every
+
+
+# ---------------------------------------------------------------- against a plain computation
+
+
+@pytest.fixture(scope='module')
+def log_probs(engine):
+    """log p of the token after each of at most four rows, float64, by the whole network without a cache."""
+    def forward(params, tokens_BT):
+        h_BTM, _ = llama.hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), engine.config, engine.compute)
+        return jax.nn.log_softmax(loss.logits(params, h_BTM))
+
+    program = helpers.on_mesh(forward, engine.config, engine.mesh, PartitionSpec(('dp', 'fsdp'), None, 'mp'))
+
+    def after(rows):
+        tokens_BT = np.zeros((4, 96), np.int32)
+        for row, ids in enumerate(rows):
+            tokens_BT[row, :len(ids)] = ids
+        found_BTV = np.asarray(program(engine._params, tokens_BT), np.float64)
+        return [found_BTV[row, len(ids) - 1] for row, ids in enumerate(rows)]
+
+    return after
+
+
+def test_greedy_until_goes_on_in_windows(make, tokenizer, log_probs, monkeypatch):
+    """20 tokens by eights, each window behind bos and the last 15 tokens of prompt and answer: the argmaxes of the
+    network.  Rows whose window is not the last are asked again; `truncated` is true for what lost a token on the way.
+    """
+    few = copy.copy(tokenizer)
+    few.vocab_size, few.eos_token_id = 600, 3  # an EOS that never comes
+    engine = make(tokenizer=few, input_length=16, seq_length=24, batch_size=2)
+    batches, run = [], engine._generate_batch
+    monkeypatch.setattr(engine, '_generate_batch', lambda prompts, *more: batches.append(len(prompts)) or run(
+        prompts, *more))
+    prompts, bos = ['it wastes a fine idea .', 'a', 'the film'], tokenizer.bos_token_id
+    answers = engine.greedy_until(prompts, [[], [], []], 20)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids, expected = tokenizer.encode(prompt), []
+        for step in range(20):
+            if step % 8 == 0:
+                window = [bos, *(ids + expected)[-15:]]
+            expected.append(int(log_probs([window])[0][:600].argmax()))
+            window.append(expected[-1])
+        assert (answer.token_ids, answer.finish_reason, answer.truncated) == (expected, 'length', True)
+    assert batches == [2, 1] * 3
+    assert [answer.truncated for answer in engine.greedy_until(['a', 'a ' * 20], [[]] * 2, 3)] == [False, True]
+    batches.clear()
+    stop = answers[1].text[:4]  # in the first window
+    engine.greedy_until(prompts, [[], [stop], []], 20)
+    assert batches == [2, 1, 2, 2]
+
+
+def plain_beam_search(log_probs, prompt, num_beams, limit, input_length, eos):
+    """Beam search with lists: the tokens of the best continuation."""
+    running, ended = [(0.0, [])], []
+    for step in range(limit):
+        after = log_probs([prompt + ids for _, ids in running])
+        ways = sorted(((score + more, ids + [token]) for (score, ids), row in zip(running, after, strict=True)
+                       for token, more in enumerate(row)), reverse=True)[:2 * num_beams]
+        running = [way for way in ways if way[1][-1] != eos][:num_beams]
+        ended += [(score / (input_length + step), ids[:-1]) for score, ids in ways if ids[-1] == eos]
+        ended = sorted(ended, reverse=True)[:num_beams]
+        if len(ended) == num_beams and running[0][0] / (input_length + step + 1) <= ended[-1][0]:
+            break
+    return ended[0][1] if ended else running[0][1]
+
+
+def test_beam_search_equals_a_plain_one(engine, make, tokenizer, log_probs):
+    """Three prompts in one batch: the tokens a search with lists over the whole network finds, on one device and eight,
+    alone and together; they are not the greedy ones.  After 3 tokens none has ended, after 16 two have."""
+    prompts = ['hello', 'one two', 'a']
+    single, sharded = (make(mesh_dim, do_sample=False, num_beams=3) for mesh_dim in ('1,1,1', '2,2,2'))
+    for limit, ended in ((3, 0), (16, 2)):
+        answers = single.generate(prompts, 0.7, limit)
+        expected = [plain_beam_search(log_probs, [tokenizer.bos_token_id, *tokenizer.encode(prompt)], 3, limit, 64,
+                                      tokenizer.eos_token_id) for prompt in prompts]
+        assert [answer.token_ids for answer in answers] == expected
+        assert [answer.finish_reason for answer in answers].count('stop') == ended
+        assert [single.generate([prompt], 0.0, limit)[0] for prompt in prompts] == answers
+        assert sharded.generate(prompts, 0.0, limit) == answers
+    greedy, = engine.generate(['hello'], 0.0, 16)
+    assert single.greedy_until(['hello'], [[]], 16) == [greedy] and greedy.token_ids != expected[0]
+    single._params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), single._params)
+    with pytest.raises(FloatingPointError, match='logits are not finite'):
+        single.generate(['hello'], 0.0)
+
+
+def test_a_prompt_that_is_done_stays_as_it_is():
+    """Two beams, tokens 0 (EOS), 1, 2; input_length 1.  Row 0 is open and takes a better end; row 1, which is done, has
+    the same numbers and does not."""
+    log_p = jnp.log(jnp.array([[[0.9, 0.06, 0.04], [0.2, 0.5, 0.3]]] * 2))
+    tokens_BEW = jnp.tile(jnp.array([[[1, 0, 0], [2, 0, 0]]]), (2, 1, 1))
+    ended_BEW = jnp.tile(jnp.array([[[0, 0, 0], [0, 0, 0]]]), (2, 1, 1))
+    search = beams.Beams(tokens_BEW, jnp.array([[-1.0, -2.0]] * 2), ended_BEW, jnp.array([[-2.0, -3.0]] * 2),
+                         jnp.ones((2, 2), bool), jnp.array([True, False]), jnp.int32(1))
+    search, parents_BE = jax.jit(beams.advance)(search, log_p, 1, 0)
+    assert parents_BE.tolist() == [[1, 1]] * 2 and search.tokens_BEW[0].tolist() == [[2, 1, 0], [2, 2, 0]]
+    np.testing.assert_allclose(search.ended_scores_BE, [[(-1 + np.log(0.9)) / 2, (-2 + np.log(0.2)) / 2], [-2, -3]],
+                               rtol=1e-6)
+    assert beams.best(search).tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert search.open_B.tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- what must not change an answer
@@ -186,12 +364,26 @@ def test_buckets_are_powers_of_two_up_to_the_limit():
 
 
 def test_after_warming_up_nothing_compiles(engine):
-    """Every prompt length, budget and temperature finds its programs ready."""
+    """Every prompt length, budget, temperature and stop text finds its programs ready."""
     before = engine.compilations
     for words in (0, 1, 10, 60):
         engine.generate(['a ' * words] * 5, words / 60, words + 1)
         engine.loglikelihood(['a ' * words], ['fine'])
+        engine.greedy_until(['a ' * words], [['x']], words + 70)
     assert engine.compilations == before > 0
+
+
+@pytest.mark.parametrize('programs, num_beams, expected', [
+    (('generate',), 1, {'prefill', 'grow', 'decode'}), (('chat',), 1, {'prefill', 'grow', 'decode'}),
+    (('greedy_until',), 3, {'prefill', 'grow', 'decode'}), (('chat',), 3, {'beams'}),
+    (('loglikelihood',), 1, {'first', 'score'}), ((), 1, set())])
+def test_each_name_warms_up_what_its_endpoint_needs(make, monkeypatch, programs, num_beams, expected):
+    """EasyLM's names: only its greedy_until does without beams."""
+    engine, compiled = make(do_sample=False, num_beams=num_beams), set()
+    monkeypatch.setattr(engine, '_compile', lambda name, *arguments, static=None: SimpleNamespace(
+        out_info=compiled.add(name)))
+    list(engine.warm_up(programs))
+    assert compiled == expected
 
 
 def test_the_second_request_of_a_shape_compiles_nothing(engine):
@@ -209,7 +401,7 @@ def test_the_second_request_of_a_shape_compiles_nothing(engine):
 def test_a_long_prompt_loses_its_beginning_and_says_so(engine, tokenizer):
     """bos stays first and the end of the prompt stays whole; a prompt that just fits is not touched."""
     ids = tokenizer.encode(PROMPTS[0] * 5)
-    assert engine._encode_prompt(PROMPTS[0] * 5, 0) == ([tokenizer.bos_token_id, *ids[-63:]], True)
+    assert engine._window(engine._encode(PROMPTS[0] * 5, 0)) == ([tokenizer.bos_token_id, *ids[-63:]], True)
     answers = engine.generate(['the ' * 62, 'the ' * 80], 0.0, 1)
     assert [(answer.prompt_tokens, answer.truncated) for answer in answers] == [(64, False), (64, True)]
 
@@ -235,7 +427,8 @@ def test_a_pair_is_scored_whole_or_refused(engine, tokenizer):
 def test_without_bos_an_empty_prompt_is_refused(engine, monkeypatch):
     """There is nothing to condition on; with bos there is."""
     monkeypatch.setattr(engine, '_bos', [])
-    for call in (lambda: engine.generate(['a', ''], 0.0), lambda: engine.loglikelihood(['a', ''], ['b', 'c'])):
+    for call in (lambda: engine.generate(['a', ''], 0.0), lambda: engine.loglikelihood(['a', ''], ['b', 'c']),
+                 lambda: engine.greedy_until(['a', ''], [[], []], 5)):
         with pytest.raises(RequestError, match=r'prefix_text\[1\] is empty'):
             call()
 
@@ -245,8 +438,13 @@ def test_weights_that_are_not_finite_are_reported(engine, monkeypatch):
     monkeypatch.setattr(engine, '_params', jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), engine._params))
     with pytest.raises(FloatingPointError, match='logits are not finite'):
         engine.generate(['a'], 0.0)
+    monkeypatch.setattr(engine, '_first_V', None)
+    with pytest.raises(FloatingPointError, match='logits are not finite'):
+        engine.greedy_until(['a'], [[]], 5)
     with pytest.raises(FloatingPointError, match='log-likelihood nan'):
         engine.loglikelihood(['a'], ['b'])
+    with pytest.raises(FloatingPointError, match='log-likelihood not finite'):
+        engine.loglikelihood([''], ['a'])
 
 
 def test_progress_counts_every_prompt_once(engine):
@@ -254,7 +452,8 @@ def test_progress_counts_every_prompt_once(engine):
     seen = []
     engine.generate(['a'] * 6, 0.0, 1, seen.append)
     engine.loglikelihood(list('abcde'), ['b'] * 5, seen.append)
-    assert seen == [4, 2, 4, 1]
+    engine.loglikelihood(['a', 'b'], ['', 'a'], seen.append)
+    assert seen == [4, 2, 4, 1, 1, 1]
 
 
 @pytest.mark.parametrize('values, message', [
@@ -266,6 +465,8 @@ def test_progress_counts_every_prompt_once(engine):
     (dict(top_k=-1), 'top_k=-1 must be at least 0'),
     (dict(top_p=0.0), 'top_p=0.0 must be above 0'),
     (dict(top_p=1.5), 'top_p=1.5 must be above 0 and at most 1'),
+    (dict(num_beams=0), 'num_beams=0 must be at least 1'),
+    (dict(num_beams=2), 'num_beams=2 searches and does not draw, but do_sample=True: add --do_sample=False'),
 ])
 def test_flags_that_cannot_go_together_are_refused(make, values, message):
     """Before anything is compiled, with the value and the flag."""

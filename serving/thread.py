@@ -1,0 +1,70 @@
+"""One thread that owns JAX, and the bounded line of requests before it.  Before: engine.py; after: api.py."""
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from serving.engine import PROGRAMS, RequestError
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait."""
+
+
+class EngineFailed(Exception):
+    """The engine raised something unforeseen; it takes no more work."""
+
+
+class EngineThread:
+    """One thread calls the engine; requests stand in a bounded line before it.
+
+    Work is any function of the engine: `submit(lambda engine: engine.generate(...))`.  The first work is to warm up.
+    A RequestError or FloatingPointError concerns one request; after any other exception no work is done (`failure`).
+    """
+
+    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS):
+        self.failure: BaseException | None = None
+        self._engine = engine
+        self._closing = False
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix='engine')
+        self._places = threading.BoundedSemaphore(queue_size + 1)  # + the one that is being served
+        self._queue_size = queue_size
+        self.warm = self._executor.submit(self._warm_up, warm_up)
+        self.warm.add_done_callback(self._note_failure)
+
+    @property
+    def ready(self) -> bool:
+        """Warmed up, not failed, not closing."""
+        return self.warm.done() and self.failure is None and not self._closing
+
+    def submit(self, work: Callable) -> Future:
+        """A Future of work(engine); raises QueueFull or EngineFailed.  What the work raises is in the Future."""
+        if self.failure is not None:
+            raise EngineFailed
+        if not self._places.acquire(blocking=False):
+            raise QueueFull(f'{self._queue_size} requests are waiting already')
+        future = self._executor.submit(self._work, work)
+        future.add_done_callback(lambda _: self._places.release())
+        future.add_done_callback(self._note_failure)
+        return future
+
+    def _work(self, work: Callable):
+        if self.failure is not None:
+            raise EngineFailed
+        return work(self._engine)
+
+    def _warm_up(self, programs: tuple[str, ...]) -> None:
+        for _ in self._engine.warm_up(programs):
+            if self._closing:
+                return
+
+    def close(self) -> None:
+        """Waits for the work that is under way or in line, not for warming up; afterwards nothing may be submitted."""
+        self._closing = True
+        self._executor.shutdown(wait=True)
+
+    def _note_failure(self, future: Future) -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None and not isinstance(error, RequestError | FloatingPointError | EngineFailed):
+            self.failure = error
+            traceback.print_exception(error)
