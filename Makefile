@@ -1,6 +1,7 @@
 # make quickstart        fetch, measure, fine-tune on 1,024 reviews, measure again
 # make quickstart-full   the same with one epoch of all 8,485 training reviews
 # make test              all tests
+# make test-oracle       what we write, read by transformers itself (installs torch)
 # make lint              ruff
 # Each target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
 
@@ -11,7 +12,7 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: quickstart quickstart-full test lint model assets
+.PHONY: quickstart quickstart-full test test-oracle lint model assets
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	@echo "== installing the extra '$*' into $(VENV) (a minute or two the first time)"
@@ -38,6 +39,10 @@ quickstart quickstart-full: assets
 test: $(VENV)/installed-test model
 	@echo "== running the tests"
 	$(BIN)/python -m pytest
+
+test-oracle: $(VENV)/installed-oracle
+	@echo "== running the tests against transformers"
+	$(BIN)/python -m pytest -m oracle tests/test_transformers.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

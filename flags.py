@@ -1,4 +1,4 @@
-"""Every flag of every program, once: name, default, help.  The README's table and `--help` are printed from here.
+"""Every flag of every program, once: name, default, help.  `--help` and docs/FLAGS.md (`python flags.py`) say it again.
 
 A program's table is a tuple of `Flag`s.  `run(main, TABLE)` reads the command line into a locked ConfigDict whose
 nesting follows the dots of the names (`--optimizer.adamw_optimizer.lr=1e-3` is `config.optimizer.adamw_optimizer.lr`),
@@ -7,6 +7,7 @@ calls `main(config)`, and turns a caller's mistake (ValueError, OSError) into on
 `--config=FILE.py` names a recipe (configs/): plain Python whose `get_config()` returns {flag name: default}.  A flag on
 the command line wins over the recipe, the recipe over the table.
 """
+import ast
 import difflib
 import importlib.util
 import inspect
@@ -22,7 +23,8 @@ from ml_collections import ConfigDict
 
 class Flag(NamedTuple):
     """One flag.  Its type is that of `default` (bool, int, float or str), or `kind` where the default is None (the
-    program fills it in); `choices` restricts a str.
+    program fills it in); `choices` restricts a str.  `only` says why no value but the default is accepted (EasyLM's
+    flags that we do not follow: a command that leaves them alone runs, one that sets them is refused, never ignored).
     """
 
     name: str
@@ -30,6 +32,7 @@ class Flag(NamedTuple):
     help: str
     choices: tuple[str, ...] | None = None
     kind: type | None = None
+    only: str = ''
 
     @property
     def type(self) -> type:
@@ -70,17 +73,27 @@ PREPARE = (
 
 MODEL = (  # common to every program that runs the network
     Flag('load_llama_config', '', 'sizes of the model: a name of model/config.py (3b, smollm2_135m, ...) or '
-         'json::FILE; not needed when the checkpoint says them itself'),
-    Flag('load_checkpoint', '', 'weights as TYPE::PATH with TYPE one of hf, gguf, params, trainstate_params, '
-         'flax_params, or the bare path of a checkpoint of ours; empty for random weights'),
+         'json::FILE; empty: those that the checkpoint states'),
+    Flag('load_checkpoint', '', 'weights as TYPE::PATH with TYPE one of hf, gguf, params, trainstate, '
+         'trainstate_params, flax_params, or the bare path of a checkpoint of ours; empty for random weights'),
     Flag('tokenizer.vocab_file', '', 'tokenizer.model (sentencepiece), tokenizer.json, or a directory with one; not '
          'needed when the checkpoint holds its tokenizer'),
+    Flag('tokenizer.add_bos_token', False, 'a second bos, by the tokenizer', only='the text processor (training) and '
+         '--add_bos_token (serving) add the bos token; twice would be a mistake'),
+    Flag('tokenizer.add_eos_token', False, 'a second eos, by the tokenizer', only='the text processor adds the eos '
+         'token; twice would be a mistake'),
     Flag('mesh_dim', '1,-1,1', "sizes of the mesh axes dp,fsdp,mp: '1,4,2', or 'dp:1,fsdp:4,mp:2'; one may be -1; "
          'a leading ! keeps the devices in plain order'),
-    Flag('dtype', 'fp32', 'of activations and matrix products; parameters are always float32',
-         ('fp32', 'float32', 'bf16', 'bfloat16')),
+    Flag('dtype', 'fp32', 'of activations and matrix products; parameters in training are always float32',
+         ('fp32', 'float32', 'bf16', 'bfloat16', 'fp16', 'float16')),
     Flag('attention', 'reference', 'attention implementation, by name', ('reference',)),
-    Flag('seed', 42, 'of initial weights, data order and sampling'),
+    Flag('seed', 42, 'of initial weights, shuffling and sampling'),
+    Flag('jax_distributed.initialize_jax_distributed', False, 'call jax.distributed.initialize with the values below '
+         'before anything else (on a TPU pod they are found without being given)'),
+    Flag('jax_distributed.coordinator_address', None, 'HOST:PORT of process 0', kind=str),
+    Flag('jax_distributed.num_processes', None, 'how many processes there are', kind=int),
+    Flag('jax_distributed.process_id', None, 'which of them this is, from 0', kind=int),
+    Flag('jax_distributed.local_device_ids', None, "the devices of this process: '0,1,2'", kind=str),
 )
 
 
@@ -104,10 +117,19 @@ EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'spl
 
 
 def _dataset(name: str) -> tuple[Flag, ...]:
-    """The flags of train_dataset and eval_dataset (EasyLM's, and below `batching` ours)."""
-    text, rows = f'{name}.text_processor.', f'{name}.json_dataset.'
+    """The flags of train_dataset and eval_dataset."""
+    text, rows, hub = f'{name}.text_processor.', f'{name}.json_dataset.', f'{name}.huggingface_dataset.'
+    ours = lambda group: (
+        Flag(group + 'skip_bad_lines', False, 'skip and count bad records, instead of refusing the first'),
+        Flag(group + 'batching', 'stream', 'stream: one endless stream of tokens cut into rows, examples straddling '
+             'them (EasyLM); rows: one example a row, rows of like length together, shuffled each epoch',
+             ('stream', 'rows')),
+        Flag(group + 'too_long', 'error', 'batching=rows: what to do with an example longer than seq_length',
+             ('error', 'truncate', 'drop')),
+    )
     return (
-        Flag(f'{name}.type', 'json', 'kind of data set', ('json',)),
+        Flag(f'{name}.type', 'huggingface', 'kind of data set: a file of JSON lines (json_dataset), or one that the '
+             'package `datasets` loads (huggingface_dataset)', ('huggingface', 'json')),
         Flag(text + 'fields', '', "what of a record becomes tokens: '[prompt],answer': `,` separates fields tokenized "
              'alone, `+` joins keys, '
              '[..] carries no loss, <|bos|> <|eos|> <|123|> are tokens, {key} holds base64 tokens'),
@@ -121,25 +143,79 @@ def _dataset(name: str) -> tuple[Flag, ...]:
         Flag(rows + 'seq_length', 1024, 'tokens in a row of the batch; the longest row where batching=rows'),
         Flag(rows + 'batch_size', 8, 'rows in a batch, over all devices'),
         Flag(rows + 'always_start_with_bos', False, 'overwrite the first token of each packed row with bos'),
-        Flag(rows + 'skip_bad_lines', False, 'skip and count bad lines, instead of refusing the file'),
-        Flag(rows + 'batching', 'stream', 'stream: one endless stream of tokens cut into rows, examples straddling '
-             'them (EasyLM); rows: one example a row, rows of like length together, shuffled each epoch',
-             ('stream', 'rows')),
-        Flag(rows + 'too_long', 'error', 'batching=rows: what to do with an example longer than seq_length',
-             ('error', 'truncate', 'drop')),
+        Flag(rows + 'start_seek_loc', 0, 'byte at which to begin, where a line begins (dataset_file_loc of a log); '
+             'batching=stream only'),
+        Flag(rows + 'example_index_at_start', 0, 'number of that line, from 0 (dataset_example_index + 1 of a log)'),
+        Flag(rows + 'tokens_count_at_start', 0, 'where dataset_total_tokens begins to count'),
+        Flag(rows + 'tokenizer_processes', 1, 'processes that tokenize; records, errors and resuming are the same with '
+             'any number'),
+        Flag(rows + 'tokenizer_parallel_chunk_size', 32, 'lines that one process gets at a time'),
+        Flag(rows + 'tokenizer_parallel_batch_size', 1024, 'most lines read ahead (or one chunk for each process, '
+             'if that is more)'),
+        Flag(rows + 'throughput_average_window_size', 200, 'batches over which dataset_average_tps is taken'),
+        *ours(rows),
+        Flag(hub + 'path', 'c4', 'data set on the hub, or a local directory of JSON lines or parquet (extra: '
+             'huggingface)'),
+        Flag(hub + 'name', 'en', 'its configuration; empty for a set without one, as a local directory is'),
+        Flag(hub + 'split', 'train', 'its split'),
+        Flag(hub + 'streaming', False, 'read it while training, instead of fetching it first'),
+        Flag(hub + 'seq_length', 1024, 'tokens in a row of the batch; the longest row where batching=rows'),
+        Flag(hub + 'batch_size', 8, 'rows in a batch, over all devices'),
+        Flag(hub + 'always_start_with_bos', False, 'overwrite the first token of each packed row with bos'),
+        Flag(hub + 'batch_token_dtype', 'i4', 'numpy dtype of tokens in a batch',
+             only='token ids are int32 everywhere after the tokenizer'),
+        *ours(hub),
     )
 
 
-TRAIN = MODEL + _dataset('train_dataset') + _dataset('eval_dataset') + (
+REMAT = ('', 'nothing_saveable', 'checkpoint_dots', 'checkpoint_dots_with_no_batch_dims', 'everything_saveable')
+NO_DROPOUT = ('there is no dropout: no LLaMA is trained with it, and it would hide in every kernel; use '
+              '--optimizer.adamw_optimizer.weight_decay or fewer steps against overfitting')
+NO_FCM = 'forgetful causal masking (EasyLM for pretraining) is not built'
+NO_CHUNKS = 'attention and ffn are not computed in chunks; against memory use --llama.remat_block=nothing_saveable'
+
+LLAMA = (  # sizes where neither --load_llama_config nor the checkpoint says them, and how much is kept for backward
+    Flag('llama.vocab_size', 32000, 'tokens of the vocabulary'),
+    Flag('llama.hidden_size', 4096, 'width of the residual stream'),
+    Flag('llama.intermediate_size', 11008, 'width of the ffn'),
+    Flag('llama.num_hidden_layers', 32, 'layers'),
+    Flag('llama.num_attention_heads', 32, 'query heads'),
+    Flag('llama.max_sequence_length', 2048, 'longest sequence that is served'),
+    Flag('llama.rms_norm_eps', 1e-6, 'epsilon inside the square root of rmsnorm'),
+    Flag('llama.initializer_range', 0.02, 'standard deviation of random weights'),
+    Flag('llama.bos_token_id', 0, "the tokenizer's own id is taken"),
+    Flag('llama.eos_token_id', 1, "the tokenizer's own id is taken"),
+    Flag('llama.tie_word_embeddings', False, 'use the embedding as head too'),
+    Flag('llama.remat_block', '', 'what the backward pass finds saved of a layer; the rest is computed again; empty: '
+         'all is saved', REMAT),
+    Flag('llama.remat_attention', '', 'the same of attention alone', REMAT),
+    Flag('llama.remat_mlp', '', 'the same of the ffn alone', REMAT),
+    Flag('llama.use_cache', True, 'a cache of keys and values in decoding',
+         only='decoding always uses its cache, training never'),
+    *(Flag(f'llama.{name}_pdrop', 0.0, 'probability of dropout', only=NO_DROPOUT)
+      for name in ('resid', 'embd', 'attn')),
+    *(Flag(f'llama.fcm_{name}_ratio', 0.0, 'part of the keys to hide at random', only=NO_FCM)
+      for name in ('min', 'max')),
+    *(Flag(f'llama.scan_{name}', False, 'compute it in chunks', only=NO_CHUNKS) for name in ('attention', 'mlp')),
+    *(Flag(f'llama.scan_{name}_chunk_size', 1024, 'size of such a chunk', only=NO_CHUNKS)
+      for name in ('query', 'key', 'mlp')),
+)
+
+
+TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _dataset('eval_dataset') + (
+    Flag('update_llama_config', '', "changes to the model's sizes, as literals: dict(max_sequence_length=4096, "
+         "remat_block='nothing_saveable')"),
     Flag('total_steps', 10000, 'micro-steps of the run; 0 for as many as `epochs` says'),
     Flag('epochs', 1, 'passes over the data where total_steps=0 (batching=rows only)'),
+    Flag('load_dataset_state', '', 'dataset.json of an earlier run, or its checkpoint: go on in the data where it '
+         'stood; replaces all train_dataset flags'),
     Flag('log_freq', 50, 'steps between logged rows'),
+    Flag('log_all_worker', False, 'every process writes its log, not process 0 alone'),
     Flag('save_model_freq', 0, 'steps between checkpoints; the final one is always saved'),
+    Flag('save_milestone_freq', 0, 'steps between checkpoints that are never deleted'),
     Flag('eval_steps', 0, 'batches of eval_dataset measured at each logged row, the same ones each time'),
-    Flag('remat', '', "what the backward pass keeps of a layer; '' all it needs", (
-         '', 'nothing_saveable', 'checkpoint_dots', 'checkpoint_dots_with_no_batch_dims', 'everything_saveable')),
     Flag('resume', False, 'continue the run in logger.output_dir (saved with its optimizer state); without one, begin'),
-    Flag('optimizer.type', 'adamw', 'the optimizer', ('adamw',)),
+    Flag('optimizer.type', 'adamw', 'the optimizer', ('adamw', 'palm')),
     Flag('optimizer.accumulate_gradient_steps', 1, 'micro-steps whose mean gradient makes one optimizer step'),
     Flag('optimizer.adamw_optimizer.init_lr', 0.0, 'learning rate at step 0 of the warmup'),
     Flag('optimizer.adamw_optimizer.lr', 0.01, 'learning rate after the warmup'),
@@ -154,32 +230,77 @@ TRAIN = MODEL + _dataset('train_dataset') + _dataset('eval_dataset') + (
     Flag('optimizer.adamw_optimizer.bf16_momentum', False, 'store the first moment in bfloat16'),
     Flag('optimizer.adamw_optimizer.multiply_by_parameter_scale', False, "scale each matrix's update by its RMS: "
          'another optimizer, see training/optimizer.py'),
-    Flag('checkpointer.save_optimizer_state', False, 'checkpoints hold what --resume needs, not only the weights'),
-    Flag('checkpointer.keep', 1, 'how many checkpoints stay; older ones are deleted when a new one is complete'),
+    Flag('optimizer.palm_optimizer.lr', 0.01, 'the learning rate is (lr / 0.01) / sqrt(max(step, lr_warmup_steps))'),
+    Flag('optimizer.palm_optimizer.lr_warmup_steps', 10000, 'optimizer steps for which it stays constant'),
+    Flag('optimizer.palm_optimizer.b1', 0.9, 'decay of the first moment'),
+    Flag('optimizer.palm_optimizer.b2', 0.99, 'exponent of the decay of the second moment'),
+    Flag('optimizer.palm_optimizer.clip_gradient', 1.0, 'largest global norm of the gradient'),
+    Flag('optimizer.palm_optimizer.weight_decay', 1e-4, 'weight decay is (weight_decay / 1e-4) * learning rate ^ 2'),
+    Flag('optimizer.palm_optimizer.bf16_momentum', False, 'store the first moment in bfloat16'),
+    Flag('checkpointer.format', 'native', 'native: a directory step_N that holds all of it; easylm: the streaming file '
+         'that EasyLM reads, overwritten by the next one', ('native', 'easylm')),
+    Flag('checkpointer.float_dtype', 'bf16', 'format=easylm: dtype of the floats in the file, optimizer state '
+         'included; empty: as they are.  Native checkpoints hold every array as it is',
+         ('', 'fp32', 'float32', 'bf16', 'bfloat16', 'fp16', 'float16')),
+    Flag('checkpointer.save_optimizer_state', False, 'checkpoints hold what is needed to go on, not only the weights'),
+    Flag('checkpointer.keep', 1, 'how many native checkpoints stay; older ones are deleted when a new one is complete'),
     Flag('logger.output_dir', '/tmp/pallama', 'receives metrics.jsonl and checkpoints'),
+    Flag('logger.experiment_id', None, 'a directory below output_dir, and the id of the run in Weights & Biases; not '
+         'given: output_dir itself, and an id of its own', kind=str),
     Flag('logger.tensorboard', False, 'also write TensorBoard events (extra: tensorboard)'),
     Flag('logger.online', False, 'also log to Weights & Biases (extra: wandb)'),
     Flag('logger.project', 'pallama', 'Weights & Biases project'),
+    Flag('logger.prefix', '', 'put before the project as PREFIX--PROJECT'),
+    Flag('logger.prefix_to_id', False, 'put `prefix` before experiment_id instead'),
+    Flag('logger.entity', None, 'Weights & Biases account', kind=str),
+    Flag('logger.notes', None, 'Weights & Biases notes', kind=str),
+    Flag('logger.anonymous', None, 'Weights & Biases: allow, must or never', kind=str),
+    Flag('logger.wandb_dir', '', 'where Weights & Biases keeps its files; empty for output_dir'),
+    Flag('logger.random_delay', 0.0, 'wait at random up to so many seconds before Weights & Biases is asked'),
 )
 
 
 SERVE = MODEL + (
+    Flag('initialize_jax_distributed', False, 'the same as jax_distributed.initialize_jax_distributed'),
     Flag('input_length', 1024, 'most tokens of a prompt, bos included; a longer one loses its beginning, and the '
          'answer says so'),
     Flag('seq_length', 2048, 'most tokens of prompt and answer; an answer has at most seq_length - input_length'),
     Flag('top_k', 50, 'sample among the k likeliest tokens; 0 for all'),
     Flag('top_p', 1.0, 'sample among the likeliest tokens whose probabilities sum to top_p (after top_k)'),
     Flag('do_sample', True, 'False makes every answer greedy, whatever its temperature'),
+    Flag('num_beams', 1, 'with do_sample=False: /generate and /chat search with as many beams (serving/beams.py)'),
     ADD_BOS_TOKEN,
     Flag('lm_server.host', '127.0.0.1', 'address to listen on (not 0.0.0.0 as EasyLM had it: there is no '
          'authentication, so everyone on the network would be let in)'),
     Flag('lm_server.port', 5007, 'port to listen on; 0 for any free one'),
     Flag('lm_server.batch_size', 1, 'prompts computed together; a multiple of dp*fsdp of mesh_dim'),
+    Flag('lm_server.logging', False, 'print each request and its answer; False prints nothing of them'),
+    Flag('lm_server.pre_compile', 'generate', 'what to compile before /ready: a comma list of generate, greedy_until, '
+         'chat, loglikelihood; all; or nothing, and the first requests wait'),
     Flag('lm_server.default_temperature', 1.0, 'of requests that name none; 0 is greedy'),
-    Flag('lm_server.pre_compile', 'generate', 'what to compile before /ready: a comma list of generate, loglikelihood; '
-         'all; or nothing, and the first requests wait'),
+    Flag('lm_server.greedy_until_max_length', 5000, 'most tokens of an answer of /greedy-until'),
+    Flag('lm_server.prepend_to_prefix', '', 'put before each prefix_text'),
+    Flag('lm_server.append_to_prefix', '', 'put after each prefix_text'),
+    Flag('lm_server.prepend_to_text', '', 'put before each text that is scored'),
+    Flag('lm_server.append_to_text', '', 'put after each text that is scored'),
+    Flag('lm_server.chat_prepend_text', '', '/chat: put before the whole conversation, and not returned with it'),
+    Flag('lm_server.chat_user_prefix', '', '/chat: put before what the user says'),
+    Flag('lm_server.chat_user_suffix', '', '/chat: put after what the user says'),
+    Flag('lm_server.chat_lm_prefix', '', '/chat: put before what the model says'),
+    Flag('lm_server.chat_lm_suffix', '', '/chat: put after what the model says'),
+    Flag('lm_server.notes', '', 'text to show on the page at /'),
     Flag('lm_server.queue_size', 32, 'requests that may wait; one more is answered 429'),
     Flag('lm_server.max_body_bytes', 4_000_000, 'largest body of a request'),
+)
+
+
+CONVERT = tuple(flag for flag in MODEL if flag.name in ('load_llama_config', 'load_checkpoint', 'tokenizer.vocab_file')
+                ) + (
+    Flag('format', '', 'what to write: native (a checkpoint of ours), hf (Hugging Face directory with safetensors), or '
+         "easylm (EasyLM's streaming_params)", ('', 'native', 'hf', 'easylm')),
+    Flag('output', '', 'directory to write; it must not exist yet'),
+    Flag('float_dtype', 'fp32', 'of the weights written; native is always fp32', ('fp32', 'bf16', 'fp16')),
+    Flag('max_shard_size', '5GB', 'format=hf: largest size of one safetensors file, as a number with KB, MB or GB'),
 )
 
 
@@ -221,6 +342,8 @@ def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
                 node[part] = ConfigDict()
             node = node[part]
         node[last] = values[flag.name].value
+        if flag.only and node[last] != flag.default:
+            raise ValueError(f'{flag.name}={node[last]!r} must stay {flag.default!r}: {flag.only}')
     config.lock()
     return config
 
@@ -247,12 +370,30 @@ def run(main, table: tuple[Flag, ...]) -> None:
         raise SystemExit(130) from None
 
 
+def literals(name: str, text: str) -> dict:
+    """`dict(a=1, b='x')` or `{'a': 1, 'b': 'x'}` as a dict; the text is parsed, never evaluated.
+
+    Raises ValueError, naming flag `name`, for anything that is not keys with literal values.
+    """
+    try:
+        node = ast.parse(text.strip() or '{}', mode='eval').body
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+            node = ast.Dict([ast.Constant(pair.arg) for pair in node.keywords], [pair.value for pair in node.keywords])
+        values = ast.literal_eval(node)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{name}={text!r} must be names with literal values: dict(max_sequence_length=4096)")
+    return values
+
+
 def help_text(table: tuple[Flag, ...]) -> str:
     """The table as `--help` shows it: one flag a paragraph, with type, default and choices."""
     lines = []
     for flag in table:
         kind = '|'.join(flag.choices) if flag.choices else flag.type.__name__
-        lines.append(f'  --{flag.name}={kind}  (default {flag.default!r})\n      {flag.help}')
+        only = f' (only {flag.default!r}: {flag.only})' if flag.only else ''
+        lines.append(f'  --{flag.name}={kind}  (default {flag.default!r})\n      {flag.help}{only}')
     return '\n'.join(lines)
 
 
@@ -288,3 +429,24 @@ def _apply_recipe(values: absl_flags.FlagValues, table, path: str) -> None:
         if type(default) is not types[name]:
             raise ValueError(f'{path}: {name}={default!r} must be {types[name].__name__}')
         values.set_default(name, default)
+
+
+def reference() -> str:
+    """docs/FLAGS.md: the flags of all programs as Markdown tables."""
+    lines = ['# Flags', '', 'Written by `python flags.py > docs/FLAGS.md`. Every program understands '
+             '`--config=FILE.py` and `--show_traceback` too.', '']
+    tables = {'train.py': TRAIN, 'serve.py': SERVE, 'evaluate.py': EVALUATE, 'prepare_data.py': PREPARE,
+              'convert.py': CONVERT, 'assets.py': ASSETS}
+    for program, table in tables.items():
+        lines += [f'## {program}', '| flag | default | meaning |', '|---|---|---|']
+        for flag in table:
+            choices = f' ({", ".join(repr(choice) for choice in flag.choices)})' if flag.choices else ''
+            only = f' **Only this value**: {flag.only}.' if flag.only else ''
+            text = f'{flag.help}{choices}{only}'.replace('|', '\\|')
+            lines.append(f'| `--{flag.name}` | `{flag.default!r}` | {text} |')
+        lines.append('')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    print(reference(), end='')

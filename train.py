@@ -5,82 +5,149 @@ serve.py, evaluate.py and train.py load) where DIR is --logger.output_dir.
 """
 import json
 import pathlib
+import random
 import time
 
 import jax
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 
 import flags
 import wiring
 from checkpoint import load, native
-from data.batches import PackedStream, Rows
+from checkpoint.writing import appears_whole
+from data.batches import PackedStream, Rows, read_dataset_state
+from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
 from data.records import RecordReader, TextProcessor
+from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import abstract_params
 from training import loop, step
 from training.metrics import MetricsWriter
-from training.optimizer import AdamW, OptimizerState
+from training.optimizer import AdamW, Hyperparameters, OptimizerState, Palm
+
+FLOAT_DTYPES = {'': '', 'fp32': 'fp32', 'float32': 'fp32', 'bf16': 'bf16', 'bfloat16': 'bf16', 'fp16': 'fp16',
+                'float16': 'fp16'}  # the spellings of checkpointer.float_dtype
 
 
 def main(config) -> None:
     began = time.perf_counter()
-    output_dir = pathlib.Path(config.logger.output_dir)
+    output_dir = run_directory(config.logger)
     resume_step = find_resume_step(config, output_dir)
-    model = wiring.open_model(config, config.remat)
+    sizes, remat = model_flags(config)
+    model = wiring.open_model(config, sizes, **remat)
     print(wiring.describe(model), flush=True)
-    check_batch(config, model)
-    batches = open_batches(config.train_dataset, 'train_dataset', model.tokenizer, config.seed)
+    dataset, position = dataset_flags(config)
+    batches = open_batches(dataset, 'train_dataset', model, config.seed)
     total_steps = config.total_steps or config.epochs * epoch_length(batches)
-    if resume_step >= total_steps:
-        print(f'{output_dir} holds the whole run already: {resume_step} steps')
+    start_step = resume_step or (load.read_step(config.load_checkpoint) if resumes_easylm(config) else 0)
+    if start_step >= total_steps:
+        print(f'{output_dir if resume_step else config.load_checkpoint} holds the whole run already: '
+              f'{start_step} of {total_steps} steps')
         return
     check_resumable(output_dir, resume_step)
     hyper = read_hyperparameters(config.optimizer, total_steps)
     accumulate = config.optimizer.accumulate_gradient_steps
-    template = template_of(config.train_dataset.json_dataset.path) or model.template
-    print(f'{total_steps} steps of {config.train_dataset.json_dataset.batch_size} rows up to '
-          f'{config.train_dataset.json_dataset.seq_length} tokens; prompt template: {template}', flush=True)
+    template = template_of(dataset) or model.template
+    save_arrays = saver(config, model, hyper, output_dir, dataset, template)
+    rows, length = batches.batch_size, batches.seq_length
+    print(f'{total_steps} steps of {rows} rows up to {length} tokens; prompt template: {template}', flush=True)
 
     state = load_state(config, model, hyper, accumulate, output_dir, resume_step)
     if resume_step:
-        batches.restore(native.read_meta(output_dir, resume_step)['data'])
+        position = native.read_meta(output_dir, resume_step)['data']
         print(f'resumed {native.step_directory(output_dir, resume_step)}', flush=True)
+    if position:
+        batches.restore(position)
     print(f'loaded in {time.perf_counter() - began:.1f} s', flush=True)
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    writer = MetricsWriter(output_dir, resume_step=resume_step, tensorboard=config.logger.tensorboard,
-                           wandb=dict(project=config.logger.project, config=config.to_dict(), dir=str(output_dir))
-                           if config.logger.online else None)
+    writer = MetricsWriter(output_dir, resume_step=start_step, tensorboard=config.logger.tensorboard,
+                           wandb=wandb_options(config, output_dir) if config.logger.online else None)
 
     def save(state: step.TrainState, done: int) -> None:
-        if done == resume_step:
+        if done == start_step:
             return
         arrays = load.by_name(state.params, model.config, 'params')
         if config.checkpointer.save_optimizer_state:
             arrays |= state_by_name(state, model.config)
-        meta, files = load.describe(model.config, model.tokenizer, template,
-                                    config.train_dataset.text_processor.add_bos_token)
-        meta |= dict(data=batches.state(), flags=config.to_dict())
-        path = native.save(output_dir, done, arrays, meta, files, keep=config.checkpointer.keep)
-        print(f'\nsaved {path}', flush=True)
+        print(f'\nsaved {save_arrays(arrays, done, batches.state())}', flush=True)
 
-    schedule = loop.Schedule(resume_step, total_steps, config.log_freq, config.save_model_freq)
+    schedule = loop.Schedule(start_step, total_steps, config.log_freq,
+                             (config.save_model_freq, config.save_milestone_freq))
     jitted = step.make_train_step(model.config, model.compute, hyper, accumulate, model.mesh)
     state = loop.train(state, batches, jitted, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
                        save=save, evaluate=evaluation(config, model))
     save(state, total_steps)
     writer.close()
     print(f'wrote {writer.path}; trained in {time.perf_counter() - began:.1f} s\n'
-          f'serve it: python serve.py --load_checkpoint={output_dir}', flush=True)
+          f'serve it: python serve.py {serving_flags(config, output_dir)}', flush=True)
 
 
 # ---------------------------------------------------------------- flags -> parts
 
 
-def read_hyperparameters(options, total_steps: int) -> AdamW:
+def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
+    """What the flags say of the model: its sizes, and Compute's remat fields.
+
+    Sizes are those of --load_llama_config, else those that the checkpoint states, else the llama flags; upon them
+    comes --update_llama_config.
+    """
+    llama = config.llama.to_dict()
+    remat = {name: llama.pop(name) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
+    only = {flag.name.removeprefix('llama.'): flag for flag in flags.LLAMA if flag.only}
+    sizes = {name: value for name, value in llama.items() if name not in only}
+    changed = [name for name, value in sizes.items() if value != getattr(LlamaConfig(), name)]
+    if changed and config.load_llama_config:
+        raise ValueError(f'llama.{changed[0]}={sizes[changed[0]]!r} and load_llama_config={config.load_llama_config!r} '
+                         f'both say it: use --update_llama_config="dict({changed[0]}={sizes[changed[0]]!r})"')
+    if config.load_llama_config:
+        stated = named_config(config.load_llama_config)
+    else:
+        own = load.read_config(config.load_checkpoint) if config.load_checkpoint and not changed else None
+        stated = own or LlamaConfig(**sizes)
+    update = flags.literals('update_llama_config', config.update_llama_config)
+    for name in sorted(set(update) & set(only)):
+        if update.pop(name) != only[name].default:
+            raise ValueError(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
+    for name in sorted(set(update) & set(remat)):
+        remat[name] = update.pop(name)
+        if remat[name] not in flags.REMAT:
+            raise ValueError(f'update_llama_config: {name}={remat[name]!r} must be one of {flags.REMAT}')
+    return updated(stated, update, source='update_llama_config'), remat
+
+
+def run_directory(logger) -> pathlib.Path:
+    """Where the run writes: output_dir, and below it experiment_id if one is given."""
+    directory = pathlib.Path(logger.output_dir)
+    return directory / experiment_name(logger) if logger.experiment_id else directory
+
+
+def experiment_name(logger) -> str | None:
+    """experiment_id, behind the prefix if that is its place; None leaves the choice to Weights & Biases."""
+    if logger.prefix_to_id and not (logger.prefix and logger.experiment_id):
+        raise ValueError(f'logger.prefix_to_id=True needs logger.prefix={logger.prefix!r} and '
+                         f'logger.experiment_id={logger.experiment_id!r}: give both')
+    return f'{logger.prefix}--{logger.experiment_id}' if logger.prefix_to_id else logger.experiment_id
+
+
+def wandb_options(config, output_dir: pathlib.Path) -> dict:
+    """The arguments of wandb.init.  Flags keep their dotted names, so none hides another of the same last part."""
+    logger = config.logger
+    project = f'{logger.prefix}--{logger.project}' if logger.prefix and not logger.prefix_to_id else logger.project
+    options = dict(project=project, id=experiment_name(logger), entity=logger.entity, notes=logger.notes,
+                   anonymous=logger.anonymous, dir=logger.wandb_dir or str(output_dir), config=config.to_dict())
+    pathlib.Path(options['dir']).mkdir(parents=True, exist_ok=True)
+    time.sleep(random.uniform(0, logger.random_delay))
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def read_hyperparameters(options, total_steps: int) -> Hyperparameters:
     """The optimizer's hyperparameters; lr_decay_steps=0 means the number of optimizer steps of this run."""
     if options.accumulate_gradient_steps < 1:
         raise ValueError(f'optimizer.accumulate_gradient_steps={options.accumulate_gradient_steps} must be at least 1')
+    if options.type == 'palm':
+        return Palm(**options.palm_optimizer.to_dict())
     hyper = options.adamw_optimizer.to_dict()
     hyper['lr_decay_steps'] = hyper['lr_decay_steps'] or max(1, total_steps // options.accumulate_gradient_steps)
     if hyper['end_lr'] > hyper['lr']:
@@ -89,21 +156,52 @@ def read_hyperparameters(options, total_steps: int) -> AdamW:
     return AdamW(**hyper)
 
 
-def check_batch(config, model: wiring.Model) -> None:
-    rows, devices = config.train_dataset.json_dataset.batch_size, model.mesh.shape['dp'] * model.mesh.shape['fsdp']
-    if rows % devices:
-        raise ValueError(f'train_dataset.json_dataset.batch_size={rows} must be divisible by dp*fsdp={devices} of '
-                         f'mesh_dim={config.mesh_dim!r}')
+def dataset_flags(config) -> tuple[ConfigDict, dict | None]:
+    """The flags of train_dataset, and the position at which to begin: both from --load_dataset_state if that is given.
+
+    Raises ValueError for a file that is no dataset state, pickles (EasyLM's dataset.pkl) by name.
+    """
+    path = config.load_dataset_state
+    if not path:
+        return config.train_dataset, None
+    if pathlib.Path(path).is_dir():
+        meta = native.read_meta(*load.native_step(path))
+        saved = dict(dataset=meta['flags']['train_dataset'], state=meta['data'])
+    else:
+        saved = read_dataset_state(path)
+    dataset = config.train_dataset.copy_and_resolve_references()
+    try:
+        dataset.update(saved['dataset'])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'load_dataset_state={path!r}: its flags are none of train_dataset ({error}); begin the data '
+                         'anew, or give the position as --train_dataset.json_dataset.start_seek_loc and its like') \
+            from None
+    print(f'load_dataset_state={path!r} replaces the train_dataset flags', flush=True)
+    return dataset, saved['state']
 
 
-def open_batches(options, name: str, tokenizer, seed: int) -> PackedStream | Rows:
+def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedStream | Rows:
     """The batches of `train_dataset` or `eval_dataset` (`name`), as its flags say."""
-    text, rows = options.text_processor, options.json_dataset
-    if not rows.path:
-        raise ValueError(f'{name}.json_dataset.path is empty: name a file of JSON lines (prepare_data.py writes them)')
-    processor = TextProcessor(tokenizer=tokenizer, **text.to_dict())
-    reader = RecordReader(rows.path, processor, skip_bad_lines=rows.skip_bad_lines, flag=f'{name}.json_dataset')
-    sizes = dict(seq_length=rows.seq_length, batch_size=rows.batch_size)
+    kind = f'{options.type}_dataset'
+    rows, flag = options[kind], f'{name}.{kind}'
+    check_batch(rows.batch_size, flag, model)
+    processor = TextProcessor(tokenizer=model.tokenizer, **options.text_processor.to_dict())
+    if options.type == 'huggingface':
+        if options.json_dataset.path:
+            raise ValueError(f"{name}.json_dataset.path={options.json_dataset.path!r}, but {name}.type='huggingface': "
+                             f"add --{name}.type=json")
+        reader = HuggingfaceReader(rows.path, rows.name, rows.split, rows.streaming, processor,
+                                   skip_bad_lines=rows.skip_bad_lines, flag=flag)
+        start = {}
+    else:
+        if not rows.path:
+            raise ValueError(f'{flag}.path is empty: name a file of JSON lines (prepare_data.py writes them)')
+        reader = RecordReader(rows.path, processor, skip_bad_lines=rows.skip_bad_lines, flag=flag,
+                              processes=rows.tokenizer_processes, chunk_size=rows.tokenizer_parallel_chunk_size,
+                              batch_size=rows.tokenizer_parallel_batch_size)
+        start = {key: rows[key] for key in ('start_seek_loc', 'example_index_at_start', 'tokens_count_at_start',
+                                            'throughput_average_window_size')}
+    sizes = dict(seq_length=rows.seq_length, batch_size=rows.batch_size) | start
     if rows.batching == 'stream':
         return PackedStream(reader, always_start_with_bos=rows.always_start_with_bos, **sizes)
     batches = Rows(reader, seed=seed, too_long=rows.too_long, **sizes)
@@ -112,15 +210,24 @@ def open_batches(options, name: str, tokenizer, seed: int) -> PackedStream | Row
     return batches
 
 
+def check_batch(batch_size: int, flag: str, model: wiring.Model) -> None:
+    devices = model.mesh.shape['dp'] * model.mesh.shape['fsdp']
+    if batch_size % devices:
+        raise ValueError(f'{flag}.{batch_size=} must be divisible by dp*fsdp={devices} of the mesh '
+                         f'{dict(model.mesh.shape)}: change it or --mesh_dim')
+
+
 def epoch_length(batches) -> int:
     if isinstance(batches, PackedStream):
         raise ValueError('total_steps=0 needs --train_dataset.json_dataset.batching=rows: a stream has no epochs')
     return batches.batches_per_epoch
 
 
-def template_of(records: str) -> PromptTemplate | None:
+def template_of(dataset) -> PromptTemplate | None:
     """The template that prepare_data.py noted beside the records it wrote, in labels_NAME.json; None without it."""
-    path = pathlib.Path(records)
+    if dataset.type != 'json':
+        return None
+    path = pathlib.Path(dataset.json_dataset.path)
     labels = path.with_name(f'labels_{path.stem}.json')
     if not labels.is_file():
         return None
@@ -131,7 +238,7 @@ def evaluation(config, model: wiring.Model):
     """None, or the function state -> {eval_loss, eval_accuracy} over the first eval_steps batches of eval_dataset."""
     if not config.eval_steps:
         return None
-    stream = open_batches(config.eval_dataset, 'eval_dataset', model.tokenizer, config.seed)
+    stream = open_batches(config.eval_dataset, 'eval_dataset', model, config.seed)
     held_out = [loop.put(next(stream), model.mesh) for _ in range(config.eval_steps)]
     eval_step = step.make_eval_step(model.config, model.compute, model.mesh)
 
@@ -149,11 +256,19 @@ def find_resume_step(config, output_dir: pathlib.Path) -> int:
     """The step to continue from, 0 for a fresh run.  Refuses to mix two runs in one directory."""
     latest = native.latest_step(output_dir) if output_dir.exists() else None
     if latest is None:
+        if found := sorted(output_dir.glob('streaming_*')):
+            raise ValueError(f'logger.output_dir={str(output_dir)!r} holds a run already ({found[0].name}): choose '
+                             'another directory; a train state goes on with --load_checkpoint=trainstate::FILE and '
+                             '--load_dataset_state=dataset.json')
         return 0
     if not config.resume:
         raise ValueError(f'logger.output_dir={str(output_dir)!r} holds a run already (step {latest}): continue it with '
                          '--resume=True, or choose another directory')
     return latest
+
+
+def resumes_easylm(config) -> bool:
+    return config.load_checkpoint.startswith('trainstate::')
 
 
 def check_resumable(output_dir: pathlib.Path, latest: int) -> None:
@@ -171,11 +286,11 @@ def state_by_name(state: step.TrainState, model_config) -> dict:
     return arrays
 
 
-def load_state(config, model: wiring.Model, hyper: AdamW, accumulate: int, output_dir: pathlib.Path,
+def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: int, output_dir: pathlib.Path,
                resume_step: int) -> step.TrainState:
     """The state to start from: the resumed run's, or a fresh one around --load_checkpoint's weights."""
     fresh = lambda params: step.init_state(params, model.config, hyper, accumulate, model.mesh)
-    if not resume_step:
+    if not resume_step and not resumes_easylm(config):
         return fresh(model.load_params(config.load_checkpoint, config.seed))
     weights = abstract_params(model.config, model.mesh)
     shardings = jax.tree.map(lambda partition: NamedSharding(model.mesh, partition),
@@ -183,12 +298,79 @@ def load_state(config, model: wiring.Model, hyper: AdamW, accumulate: int, outpu
     like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                         jax.eval_shape(fresh, weights), shardings)
     targets = load.by_name(like.params, model.config, 'params') | state_by_name(like, model.config)
-    arrays = native.restore(output_dir, resume_step, targets)
+    if resume_step:
+        arrays = native.restore(output_dir, resume_step, targets)
+    else:
+        arrays = load.load_train_state(config.load_checkpoint, model.config, targets,
+                                       hyper.multiply_by_parameter_scale)
+    if (begun := int(arrays['optimizer.micro_step'])) >= accumulate:
+        raise ValueError(f'the state stands {begun} micro-steps after its last update, more than '
+                         f'optimizer.accumulate_gradient_steps={accumulate} ever is: set the flag as it was')
     tree = lambda name: jax.tree.unflatten(jax.tree.structure(weights),
                                            [arrays[key] for key in load.by_name(weights, model.config, name)])
     return step.TrainState(
         tree('params'), OptimizerState(arrays['optimizer.count'], tree('momentum'), tree('second_moment')),
         arrays['optimizer.micro_step'], tree('mean_gradient') if accumulate > 1 else None)
+
+
+def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathlib.Path, dataset,
+          template: PromptTemplate | None):
+    """The function (arrays, steps done, position in the data) -> path that writes a checkpoint in the format asked for.
+
+    What the format cannot hold is refused here, not at the end of the run.
+    """
+    flag_values = config.to_dict() | dict(train_dataset=dataset.to_dict())
+    if config.checkpointer.format == 'native':
+        meta, files = load.describe(model.config, model.tokenizer, template, dataset.text_processor.add_bos_token)
+        return lambda arrays, done, position: native.save(
+            output_dir, done, arrays, meta | dict(data=position, flags=flag_values), files,
+            keep=config.checkpointer.keep, keep_every=config.save_milestone_freq)
+    try:
+        from checkpoint import easylm_writer
+    except ModuleNotFoundError as error:
+        raise ValueError(f'checkpointer.format=easylm needs the Python package {error.name!r}: '
+                         "install this project with its extra 'formats'") from None
+    easylm_writer.refuse_unsupported(model.config)
+    if config.resume:
+        raise ValueError('resume=True continues native checkpoints; with checkpointer.format=easylm go on with '
+                         '--load_checkpoint=trainstate::FILE and --load_dataset_state=dataset.json')
+    float_dtype = FLOAT_DTYPES[config.checkpointer.float_dtype]
+    if config.checkpointer.save_optimizer_state and float_dtype not in ('', 'fp32'):
+        print(f'WARNING: checkpointer.{float_dtype=} rounds the train state, so a run that goes on from it differs; '
+              '--checkpointer.float_dtype=fp32 keeps it', flush=True)
+
+    def save_easylm(arrays: dict, done: int, position: dict) -> pathlib.Path:
+        """The streaming file, and as JSON what EasyLM pickles beside it; all are overwritten but for milestones."""
+        milestone = config.save_milestone_freq and done % config.save_milestone_freq == 0
+        suffix = f'_{done}' if milestone else ''
+        metadata = dict(step=done, flags=flag_values, llama_config=config_to_dict(model.config))
+        for name, content in (('metadata', metadata), ('dataset', dict(dataset=dataset.to_dict(), state=position))):
+            with appears_whole(output_dir / f'{name}{suffix}.json', replace=True) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        path = output_dir / (easylm_file(config) + suffix)
+        if config.checkpointer.save_optimizer_state:
+            easylm_writer.write_train_state(path, arrays, model.config, done,
+                                            hyper.multiply_by_parameter_scale, float_dtype, replace=True)
+        else:
+            easylm_writer.write_params(path, easylm_writer.gathered(arrays, 'params'), model.config, float_dtype,
+                                       replace=True)
+        return path
+
+    return save_easylm
+
+
+def easylm_file(config) -> str:
+    return 'streaming_train_state' if config.checkpointer.save_optimizer_state else 'streaming_params'
+
+
+def serving_flags(config, output_dir: pathlib.Path) -> str:
+    """What serve.py needs to serve what this run saved."""
+    if config.checkpointer.format == 'native':
+        return f'--load_checkpoint={output_dir}'
+    kind = 'trainstate_params' if config.checkpointer.save_optimizer_state else 'params'
+    tokenizer = config.tokenizer.vocab_file and f' --tokenizer.vocab_file={config.tokenizer.vocab_file}'
+    return (f'--load_llama_config=json::{output_dir}/metadata.json --load_checkpoint={kind}::{output_dir}/'
+            f'{easylm_file(config)}{tokenizer}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """The flags that every program shares (flags.MODEL) -> mesh, configuration, tokenizer, prompt template, weights."""
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -31,12 +32,18 @@ class Model(NamedTuple):
         return load.load_params(spec, self.config, self.mesh)
 
 
-def open_model(flags: ConfigDict, remat: str = '') -> Model:
-    """Reads the shared flags.  Raises ValueError, naming the flag and the remedy, before anything is compiled."""
+def open_model(flags: ConfigDict, config: LlamaConfig | None = None, **remat: str) -> Model:
+    """Reads the shared flags.  Raises ValueError, naming the flag and the remedy, before anything is compiled.
+
+    config: sizes that flags of the caller state; None for those of --load_llama_config, else the checkpoint's own.
+    remat: Compute's remat_block, remat_attention, remat_mlp.  The ids of bos and eos are always the tokenizer's.
+    """
+    start_processes(flags)
     keep_compilations()
     attention.check(flags.attention)
     mesh = make_mesh(flags.mesh_dim)
-    config = named_config(flags.load_llama_config) if flags.load_llama_config else None
+    if config is None and flags.load_llama_config:
+        config = named_config(flags.load_llama_config)
     tokenizer = load_tokenizer(flags.tokenizer.vocab_file) if flags.tokenizer.vocab_file else None
     template = None
     if flags.load_checkpoint:
@@ -49,12 +56,37 @@ def open_model(flags: ConfigDict, remat: str = '') -> Model:
     if tokenizer is None:
         raise ValueError(f'load_checkpoint={flags.load_checkpoint!r} holds no tokenizer: give one as '
                          '--tokenizer.vocab_file')
+    config = dataclasses.replace(config, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    if tokenizer.vocab_size > config.vocab_size and not flags.load_checkpoint:
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: ids '
                          f'{config.vocab_size}..{tokenizer.vocab_size - 1} would have no embedding; give the '
                          'tokenizer that belongs to the model as --tokenizer.vocab_file')
     llama.check_divisible(config, mesh)
-    return Model(mesh, config, Compute(flags.dtype, flags.attention, remat), tokenizer, template, choose_bos(flags))
+    return Model(mesh, config, Compute(flags.dtype, flags.attention, **remat), tokenizer, template, choose_bos(flags))
+
+
+def start_processes(flags: ConfigDict) -> None:
+    """jax.distributed.initialize as the jax_distributed flags say; it must come before any other use of JAX."""
+    values = flags.jax_distributed.to_dict()
+    wanted = values.pop('initialize_jax_distributed') or flags.get('initialize_jax_distributed', False)
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and not wanted:
+        raise ValueError(f'jax_distributed.{next(iter(given))} has no effect without '
+                         '--jax_distributed.initialize_jax_distributed=True')
+    if not wanted:
+        return
+    if 'local_device_ids' in given:
+        ids = given['local_device_ids'].split(',')
+        if not all(number.strip().isdecimal() for number in ids):
+            raise ValueError(f'jax_distributed.local_device_ids={given["local_device_ids"]!r} must be numbers with '
+                             "commas between: '0,1,2'")
+        given['local_device_ids'] = [int(number) for number in ids]
+    jax.distributed.initialize(**given)
+    if jax.process_count() > 1:
+        raise ValueError(f'{jax.process_count()} processes: checkpoints and the log are written by one process so far, '
+                         'so a run must fit one host: start it without --jax_distributed.initialize_jax_distributed')
 
 
 def choose_bos(flags: ConfigDict) -> bool:

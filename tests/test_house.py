@@ -56,7 +56,7 @@ def test_nothing_unpickles_or_evaluates_strings(path):
 def test_printed_commands_have_flags_that_exist(text):
     """Every `python PROGRAM.py` line of the documents and of the quickstart is understood by that program."""
     tables = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE,
-              'evaluate.py': flags.EVALUATE, 'assets.py': flags.ASSETS}
+              'evaluate.py': flags.EVALUATE, 'assets.py': flags.ASSETS, 'convert.py': flags.CONVERT}
     joined = (ROOT / text).read_text().replace('\\\n', ' ').replace('"$@"', '')
     found = re.findall(r'(?:python|"\$PYTHON"|\$PYTHON) (\w+\.py)((?: +--[^`#\n]*)?)', joined)
     assert found
@@ -70,10 +70,11 @@ def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():
     """Every path in the README's file tree exists, and every source file is in it."""
     text = (ROOT / 'README.md').read_text()
     tree = re.search(r'## The house\n.*?```\n(.*?)```', text, re.DOTALL).group(1)
-    named = set()
-    for line in tree.splitlines():
-        folder, files = re.match(r'(\S+/)?\s*(.*?)(?:\s+#.*)?$', line).groups()
-        named |= {(folder or '') + file for file in files.split() if re.fullmatch(r'[\w.]+', file)}
+    named, folder = set(), ''
+    for line in tree.splitlines():  # an indented line goes on with the folder above it
+        other, files = re.match(r'(\S+/)?\s*(.*?)(?:\s+#.*)?$', line).groups()
+        folder = other or folder
+        named |= {folder + file for file in files.split() if re.fullmatch(r'[\w.]+', file)}
     missing = {name for name in named if not (ROOT / name).exists()}
     sources = {f'{path.parent.name}/{path.name}' for path in SOURCES} | {path.name for path in PROGRAMS}
     assert not missing and not sources - named, (missing, sources - named)

@@ -1,7 +1,11 @@
 """train.py as a user runs it: EasyLM's curve, exact resume, what it writes, and what it refuses."""
 import json
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,9 +13,13 @@ import pytest
 
 import flags
 import train
-from checkpoint import native
+from checkpoint import load, native
+from model.config import MODELS, LlamaConfig, named_config
+from model.partition import make_mesh
 from training import loop
+from training.optimizer import AdamW, Palm
 
+ROOT = pathlib.Path(__file__).parent.parent
 OPTIMIZER = '--optimizer.adamw_optimizer.'
 
 
@@ -28,6 +36,7 @@ def easylm_flags(golden, output) -> list[str]:
     return [f'--load_llama_config=json::{golden}/easylm/model.json',
             f'--load_checkpoint=params::{golden}/easylm/streaming_params_fp32', f'--logger.output_dir={output}',
             f'--tokenizer.vocab_file={golden}/easylm/tokenizer.model', '--train_dataset.text_processor.fields=text',
+            '--train_dataset.type=json',
             f'--train_dataset.json_dataset.path={golden}/easylm/train_200.jsonl', '--log_freq=1',
             '--train_dataset.json_dataset.seq_length=128', '--train_dataset.json_dataset.batch_size=8',
             OPTIMIZER + 'lr=0.02', OPTIMIZER + 'end_lr=0.02', OPTIMIZER + 'lr_warmup_steps=4',
@@ -35,13 +44,18 @@ def easylm_flags(golden, output) -> list[str]:
             OPTIMIZER + 'bf16_momentum=True', OPTIMIZER + 'multiply_by_parameter_scale=True']
 
 
-def test_curve_of_the_article_s_command_equals_easylm(golden, tmp_path):
-    """40 steps on mesh 1,4,2: learning rate and data position exact, norm of the weights within 1e-4; loss within 2e-3
-    and norm of the gradient within 1e-2 over 14 steps.  At this learning rate (0.02) rounding differences double every
-    step: from there on two meshes of ours differ from each other as much as from EasyLM (LOG.md), and the loss stays
-    within 5 %.
+@pytest.mark.parametrize('mesh_dim', ['1,4,2', '2,2,2', '1,1,1'])
+def test_curve_of_the_article_s_command_equals_easylm(golden, tmp_path, mesh_dim):
+    """40 steps: learning rate and data position exact, norm of the weights within 1e-4; loss within 2e-3 and norm of
+    the gradient within 1e-2 over 14 steps.  At this learning rate (0.02) rounding differences double every step: from
+    there on two meshes of ours differ from each other as much as from EasyLM (LOG.md), and the loss stays within 5 %.
     """
-    run(*easylm_flags(golden, tmp_path), '--mesh_dim=1,4,2', '--total_steps=40')
+    arguments = [*easylm_flags(golden, tmp_path), f'--mesh_dim={mesh_dim}', '--total_steps=40']
+    if mesh_dim == '1,1,1':  # one device only: another process, without the eight
+        environment = os.environ | dict(XLA_FLAGS='', JAX_PLATFORMS='cpu')
+        subprocess.run([sys.executable, 'train.py', *arguments], env=environment, cwd=ROOT, check=True)
+    else:
+        run(*arguments)
     expected = json.loads((golden / 'easylm/train_curve.json').read_text())
     for ours, theirs in zip(metrics(tmp_path), expected, strict=True):
         early = ours['step'] < 14
@@ -75,7 +89,7 @@ def test_resume_equals_uninterrupted(golden, tmp_path):
 
 def test_a_row_has_what_the_log_promises(golden, tmp_path, capsys):
     """metrics.jsonl stands in output_dir itself; the log names platform, mesh, attention, parameters, memory, files."""
-    held_out = ['--eval_steps=2', '--eval_dataset.text_processor.fields=text',
+    held_out = ['--eval_steps=2', '--eval_dataset.text_processor.fields=text', '--eval_dataset.type=json',
                 '--eval_dataset.json_dataset.seq_length=32',
                 f'--eval_dataset.json_dataset.path={golden}/easylm/train_200.jsonl']
     run(*easylm_flags(golden, tmp_path), '--total_steps=1', *held_out)
@@ -165,3 +179,147 @@ def test_two_runs_are_not_mixed_in_one_directory(golden, tmp_path):
         run(*arguments)
     with pytest.raises(ValueError, match='holds no optimizer state'):
         run(*arguments, '--resume=True', '--total_steps=2')
+
+
+def test_an_accumulation_that_would_never_end_is_refused(golden, tmp_path):
+    """Two micro-steps of three done; going on with accumulate_gradient_steps=2 would wait for ever for the second."""
+    arguments = easylm_flags(golden, tmp_path) + ['--checkpointer.save_optimizer_state=True']
+    accumulate = '--optimizer.accumulate_gradient_steps='
+    run(*arguments, '--total_steps=2', accumulate + '3')
+    with pytest.raises(ValueError, match='stands 2 micro-steps after its last update, more than .*=2 ever is'):
+        run(*arguments, '--total_steps=4', accumulate + '2', '--resume=True')
+
+
+# ---------------------------------------------------------------- what the flags say of the model
+
+
+def model_flags(*arguments):
+    return train.model_flags(flags.parse(['train.py', *arguments], flags.TRAIN, ''))
+
+
+def test_defaults_of_flags_are_those_of_the_classes_they_fill():
+    """The table repeats the defaults of LlamaConfig, AdamW and Palm, which are EasyLM's."""
+    for prefix, filled in (('llama.', LlamaConfig()), ('optimizer.adamw_optimizer.', AdamW()),
+                           ('optimizer.palm_optimizer.', Palm())):
+        table = {flag.name.removeprefix(prefix): flag for flag in flags.TRAIN if flag.name.startswith(prefix)}
+        assert table
+        for name, flag in table.items():
+            if not flag.only and not name.startswith('remat_'):
+                assert getattr(filled, name) == flag.default, name
+
+
+def test_sizes_come_from_the_name_else_the_flags_and_the_update_comes_last():
+    """3b by name; llama flags alone; an update in either spelling, whose head_dim follows the new width."""
+    assert model_flags('--load_llama_config=3b')[0] == MODELS['3b']
+    small = ['--llama.hidden_size=64', '--llama.num_attention_heads=4', '--llama.num_hidden_layers=1']
+    sizes, remat = model_flags(*small, '--llama.remat_mlp=checkpoint_dots')
+    assert (sizes.hidden_size, sizes.head_dim, sizes.num_key_value_heads, sizes.vocab_size) == (64, 16, 4, 32000)
+    assert remat == dict(remat_block='', remat_attention='', remat_mlp='checkpoint_dots')
+    for text in ("dict(hidden_size=128, remat_block='nothing_saveable', use_cache=True, resid_pdrop=0.0)",
+                 "{'hidden_size': 128, 'remat_block': 'nothing_saveable'}"):
+        sizes, remat = model_flags(*small, f'--update_llama_config={text}')
+        assert (sizes.hidden_size, sizes.head_dim, remat['remat_block']) == (128, 32, 'nothing_saveable')
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (['--load_llama_config=3b', '--llama.hidden_size=64'], 'llama.hidden_size=64 and load_llama_config=.3b. both say'),
+    (['--update_llama_config=dict(hidden_siz=64)'], "update_llama_config: unknown model fields .'hidden_siz'."),
+    (['--update_llama_config=dict(hidden_size="64")'], "update_llama_config: hidden_size='64' must be int"),
+    (['--update_llama_config=dict(remat_block="some")'], "remat_block='some' must be one of"),
+    (['--update_llama_config=dict(attn_pdrop=0.1)'], 'attn_pdrop must stay 0.0: there is no dropout'),
+    (['--update_llama_config=dict(hidden_size=__import__("os").getpid())'], 'must be names with literal values'),
+    (['--update_llama_config=dict(**{})'], 'must be names with literal values'),
+    (['--update_llama_config=[1]'], 'must be names with literal values'),
+    (['--update_llama_config=dict('], 'must be names with literal values'),
+    (['--llama.resid_pdrop=0.1'], 'llama.resid_pdrop=0.1 must stay 0.0: there is no dropout'),
+    (['--llama.scan_attention=True'], 'llama.scan_attention=True must stay False'),
+    (['--tokenizer.add_bos_token=True'], 'tokenizer.add_bos_token=True must stay False'),
+])
+def test_what_cannot_be_meant_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        model_flags(*arguments)
+
+
+def test_random_weights_make_room_for_the_tokenizer(golden, tmp_path):
+    """Without a checkpoint the vocabulary grows to the tokenizer's 640, and its bos and eos ids are the model's."""
+    small = ['--llama.vocab_size=600', '--llama.hidden_size=64', '--llama.num_attention_heads=4',
+             '--llama.num_hidden_layers=1', '--llama.intermediate_size=64']
+    run(*small, *[flag for flag in easylm_flags(golden, tmp_path) if '--load_' not in flag], '--total_steps=1')
+    sizes = native.read_meta(tmp_path)['model']
+    assert (sizes['vocab_size'], sizes['bos_token_id'], sizes['eos_token_id']) == (640, 1, 2)
+
+
+# ---------------------------------------------------------------- logging
+
+
+def wandb_options(tmp_path, *arguments):
+    config = flags.parse(['train.py', f'--logger.output_dir={tmp_path}', *arguments], flags.TRAIN, '')
+    return train.wandb_options(config, train.run_directory(config.logger)), train.run_directory(config.logger)
+
+
+def test_logger_flags_reach_weights_and_biases_under_its_names(tmp_path):
+    """prefix goes before the project, or with prefix_to_id before the id; what is not given is left to W&B."""
+    options, directory = wandb_options(tmp_path, '--logger.prefix=a')
+    assert options['project'] == 'a--pallama' and directory == tmp_path and not {'id', 'entity'} & set(options)
+    options, directory = wandb_options(
+        tmp_path, '--logger.prefix=a', '--logger.prefix_to_id=True', '--logger.experiment_id=x', '--logger.entity=e',
+        '--logger.notes=n', '--logger.anonymous=allow', f'--logger.wandb_dir={tmp_path}/w', '--logger.project=p')
+    config = options.pop('config')
+    assert options == dict(project='p', id='a--x', entity='e', notes='n', anonymous='allow', dir=f'{tmp_path}/w')
+    assert directory == tmp_path / 'a--x' and (tmp_path / 'w').is_dir()
+    assert config['train_dataset']['text_processor'] and config['eval_dataset']['text_processor']
+    with pytest.raises(ValueError, match='logger.prefix_to_id=True needs'):
+        wandb_options(tmp_path, '--logger.prefix_to_id=True', '--logger.prefix=a')
+
+
+# ---------------------------------------------------------------- EasyLM's files, and the position in the data
+
+
+def test_milestones_stay_and_the_others_make_room(golden, tmp_path):
+    """Saved every 2 steps, kept every 3: of 7 steps 3 and 6 stay, and the last."""
+    run(*easylm_flags(golden, tmp_path), '--total_steps=7', '--save_model_freq=2', '--save_milestone_freq=3')
+    assert native.steps(tmp_path) == [3, 6, 7]
+
+
+def test_easylm_format_writes_what_easylm_and_our_own_flags_read(golden, tmp_path):
+    """streaming_params of a milestone and of the end; served back, they are the weights of the native checkpoint."""
+    common = easylm_flags(golden, tmp_path / 'easylm')
+    run(*common, '--total_steps=3', '--checkpointer.format=easylm', '--checkpointer.float_dtype=fp32',
+        '--save_milestone_freq=2')
+    run(*easylm_flags(golden, tmp_path / 'native'), '--total_steps=3')
+    assert {path.name for path in (tmp_path / 'easylm').iterdir()} == {
+        'metrics.jsonl', 'streaming_params', 'metadata.json', 'dataset.json',
+        'streaming_params_2', 'metadata_2.json', 'dataset_2.json'}
+    sizes = named_config(f'json::{tmp_path}/easylm/metadata.json')
+    mesh = make_mesh('1,8,1')
+    specs = (f'params::{tmp_path}/easylm/streaming_params', str(tmp_path / 'native'))
+    jax.tree.map(np.testing.assert_array_equal, *(load.load_params(spec, sizes, mesh) for spec in specs))
+    with pytest.raises(ValueError, match='holds a run already .streaming_params.'):
+        run(*common, '--total_steps=3', '--checkpointer.format=easylm')
+
+
+def test_a_train_state_goes_on_where_it_stood(golden, tmp_path):
+    """3 steps saved as EasyLM's train state, then 2 more from trainstate:: and dataset.json, are the last 2 of 5."""
+    saved = ['--checkpointer.format=easylm', '--checkpointer.save_optimizer_state=True',
+             '--checkpointer.float_dtype=fp32']
+    run(*easylm_flags(golden, tmp_path / 'whole'), '--total_steps=5')
+    run(*easylm_flags(golden, tmp_path / 'first'), '--total_steps=3', *saved)
+    run(*easylm_flags(golden, tmp_path / 'second'), '--total_steps=5', '--train_dataset.json_dataset.path=elsewhere',
+        f'--load_checkpoint=trainstate::{tmp_path}/first/streaming_train_state',
+        f'--load_dataset_state={tmp_path}/first/dataset.json')
+    assert metrics_of(tmp_path / 'second') == metrics_of(tmp_path / 'whole')[3:]
+
+
+def test_a_new_run_takes_the_position_of_a_checkpoint(golden, tmp_path):
+    """--load_dataset_state=CHECKPOINT begins at the batch after the checkpoint's."""
+    run(*easylm_flags(golden, tmp_path / 'whole'), '--total_steps=3')
+    run(*easylm_flags(golden, tmp_path / 'first'), '--total_steps=2')
+    run(*easylm_flags(golden, tmp_path / 'second'), '--total_steps=1', f'--load_dataset_state={tmp_path}/first')
+    place = lambda row: {key: value for key, value in row.items() if key.startswith('dataset_') and 'tps' not in key}
+    assert place(metrics(tmp_path / 'second')[0]) == place(metrics(tmp_path / 'whole')[2])
+
+
+def metrics_of(directory) -> list[dict]:
+    """The rows without what depends on the clock."""
+    return [{key: value for key, value in row.items() if not re.search('second|tps', key)}
+            for row in metrics(directory)]

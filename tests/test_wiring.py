@@ -5,6 +5,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+import flags
 import wiring
 
 
@@ -33,3 +34,31 @@ def test_compiled_programs_are_kept_where_only_the_user_reads(monkeypatch, tmp_p
     finally:
         jax.config.update('jax_compilation_cache_dir', before)
     assert stat.S_IMODE((tmp_path / 'compiled').stat().st_mode) == 0o700
+
+
+def distributed(*arguments):
+    config = flags.parse(['serve.py', *arguments], flags.SERVE, '')
+    return wiring.start_processes(config)
+
+
+@pytest.mark.parametrize('switch', ['jax_distributed.initialize_jax_distributed', 'initialize_jax_distributed'])
+def test_processes_start_as_the_flags_say(monkeypatch, switch):
+    """What is given goes to jax.distributed.initialize under its names, what is not is left to JAX."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **values: calls.append(values))
+    distributed()
+    distributed(f'--{switch}=True')
+    distributed(f'--{switch}=True', '--jax_distributed.coordinator_address=host:1', '--jax_distributed.num_processes=1',
+                '--jax_distributed.process_id=0', '--jax_distributed.local_device_ids=0,2')
+    assert calls == [{}, dict(coordinator_address='host:1', num_processes=1, process_id=0, local_device_ids=[0, 2])]
+
+
+def test_flags_of_processes_that_do_nothing_or_ask_too_much_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match='jax_distributed.num_processes has no effect without --jax_distributed.init'):
+        distributed('--jax_distributed.num_processes=2')
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **values: None)
+    with pytest.raises(ValueError, match="local_device_ids='0;1' must be numbers"):
+        distributed('--initialize_jax_distributed=True', '--jax_distributed.local_device_ids=0;1')
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(ValueError, match='2 processes: .* a run must fit one host'):
+        distributed('--initialize_jax_distributed=True')

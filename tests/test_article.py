@@ -1,0 +1,93 @@
+"""The article's commands, exactly as it prints them, with the name of the program changed."""
+import ast
+import pathlib
+import re
+import shlex
+
+import pytest
+
+import flags
+import train
+from model.config import MODELS
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAMS = {'train': ('python3 -m EasyLM.models.llama.llama_train', flags.TRAIN),
+            'serve': ('python3 -m EasyLM.models.llama.llama_serve', flags.SERVE)}
+
+
+def printed(golden, name: str) -> list[str]:
+    """The words of a command of the article; what follows a backslash on its line is the article's comment."""
+    text = (golden / f'article/{name}.txt').read_text()
+    before, _ = PROGRAMS[name]
+    assert text.startswith(before)
+    text = text.replace(before, f'{name}.py', 1)
+    return shlex.split(re.sub(r'\\ *(#.*)?$', '', text, flags=re.MULTILINE).replace('\n', ' '))
+
+
+@pytest.mark.parametrize('name, count', [('train', 22), ('serve', 3)])
+def test_a_printed_command_is_understood_word_for_word(golden, name, count):
+    """Each flag that the command gives has the value given; all others have the default of the table."""
+    words, (_, table) = printed(golden, name), PROGRAMS[name]
+    config = flags.parse(words, table, '')
+    given = dict(word.removeprefix('--').split('=', 1) for word in words[1:])
+    assert len(given) == count
+    for flag in table:
+        value = config
+        for part in flag.name.split('.'):
+            value = value[part]
+        expected = flag.default
+        if flag.name in given:
+            text = given.pop(flag.name)
+            expected = text if flag.type is str else ast.literal_eval(text)
+        assert value == expected and type(value) is type(expected), flag.name
+    assert not given
+
+
+def test_the_printed_training_command_means_the_article_s_run(golden):
+    """OpenLLaMA 3B on mesh 1,4,2, and the optimizer that multiplies by the parameters' scale at a constant rate."""
+    config = flags.parse(printed(golden, 'train'), flags.TRAIN, '')
+    sizes, remat = train.model_flags(config)
+    assert sizes == MODELS['3b'] and not any(remat.values())
+    hyper = train.read_hyperparameters(config.optimizer, config.total_steps)
+    assert hyper.multiply_by_parameter_scale and hyper.bf16_momentum and (hyper.b1, hyper.b2) == (0.9, 0.9)
+    assert [float(hyper.schedule(n)) for n in (0, 184, 1845)] == [0.0, pytest.approx(2e-4), pytest.approx(2e-4)]
+
+
+def rows_of(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of the README."""
+    table = re.search(rf'^#+ {re.escape(heading)}$.*?\n(\|.*?)\n\n', text, re.DOTALL | re.MULTILINE).group(1)
+    return [[cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]] for line in table.splitlines()[2:]]
+
+
+def assert_tests_exist(cell: str) -> None:
+    """Every `test_file: test_name` of a cell is a test that exists."""
+    found = re.findall(r'(test_\w+): (test_\w+)', cell)
+    assert found, cell
+    for file, name in found:
+        assert re.search(rf'^def {name}\(', (ROOT / f'tests/{file}.py').read_text(), re.MULTILINE), (file, name)
+
+
+def test_the_readme_s_table_lists_the_article_s_flags_with_the_default_and_help_of_flags_py(golden):
+    """All flags of both commands stand in it, each with our default, our help, and tests that exist."""
+    rows = rows_of((ROOT / 'README.md').read_text(), "The article's flags and requests")
+    flag_rows = {row[0].strip('`').removeprefix('--'): row[1:] for row in rows if row[0].startswith('`--')}
+    given = {word.removeprefix('--').split('=', 1)[0] for name in PROGRAMS for word in printed(golden, name)[1:]}
+    assert set(flag_rows) == given
+    known = {flag.name: flag for flag in flags.SERVE + flags.TRAIN}
+    for name, (default, text, tests) in flag_rows.items():
+        assert default == f'`{known[name].default!r}`' and text == known[name].help.replace('|', '\\|'), name
+        assert_tests_exist(tests)
+
+
+def test_the_readme_s_table_lists_every_endpoint():
+    rows = rows_of((ROOT / 'README.md').read_text(), "The article's flags and requests")
+    endpoints = {row[0].strip('`'): row for row in rows if not row[0].startswith('`--')}
+    served = set(re.findall(r"@app\.(get|post)\('(/[\w-]*)'", (ROOT / 'serving/api.py').read_text()))
+    assert set(endpoints) == {f'{method.upper()} {path}' for method, path in served}
+    for row in endpoints.values():
+        assert_tests_exist(row[-1])
+
+
+def test_the_flag_reference_is_what_flags_py_says():
+    """docs/FLAGS.md is the output of `python flags.py`."""
+    assert (ROOT / 'docs/FLAGS.md').read_text() == flags.reference()
