@@ -37,8 +37,8 @@ quickstart quickstart-full: assets
 	  sh quickstart.sh $(if $(filter quickstart,$@),--sample_size=1024)
 
 test: $(VENV)/installed-test model
-	@echo "== running the tests"
-	$(BIN)/python -m pytest
+	@echo "== running the tests, one process a core"
+	$(BIN)/python -m pytest -n auto
 
 test-oracle: $(VENV)/installed-oracle
 	@echo "== running the tests against transformers"

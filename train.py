@@ -19,7 +19,8 @@ from checkpoint.writing import appears_whole
 from data.batches import PackedStream, Rows, read_dataset_state
 from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
-from data.records import RecordReader, TextProcessor
+from data.records import RecordReader
+from data.text_processor import TextProcessor
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import abstract_params
 from training import loop, step

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from checkpoint.writing import sync
+
 MANIFEST = 'manifest.json'
 DTYPES = ('float32', 'bfloat16', 'float16', 'bool', 'int8', 'uint8', 'int32', 'uint32', 'int64', 'uint64')
 CHUNK_BYTES = 1 << 25  # about the size of one file of an array
@@ -78,7 +80,7 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
         if not array.is_fully_addressable:
             raise ValueError(f'array {name!r} has shards on other hosts: checkpoints are written by one process')
     root.mkdir(parents=True, exist_ok=True)
-    _sync(root.parent)
+    sync(root.parent)
     for leftover in sorted(root.glob('step_*.tmp-*')):
         _log.warning('removing %s, left over from a save or deletion that was interrupted', leftover)
         shutil.rmtree(leftover)
@@ -94,7 +96,7 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(root)
+    sync(root)
     older = [other for other in steps(directory) if other < step and not (keep_every and other % keep_every == 0)]
     for old in older[:max(0, len(older) - (keep - 1))]:
         doomed = root / f'{step_directory(directory, old).name}.tmp-{secrets.token_hex(4)}'
@@ -125,13 +127,13 @@ def _write(path: Path, step: int, arrays, meta: dict, files: dict[str, bytes]) -
     sealed = {}
     for file in sorted(file for file in path.rglob('*') if file.is_file()):
         sealed[file.relative_to(path).as_posix()] = dict(size=file.stat().st_size, sha256=_sha256(file))
-        _sync(file)
+        sync(file)
     content = dict(step=step, meta=meta, arrays=described, files=sealed)
     (path / MANIFEST).write_text(json.dumps(dict(sha256=_sha256_of_json(content), content=content), indent=1))
-    _sync(path / MANIFEST)
+    sync(path / MANIFEST)
     for folder in sorted((folder for folder in path.rglob('*') if folder.is_dir()), reverse=True):
-        _sync(folder)
-    _sync(path)
+        sync(folder)
+    sync(path)
 
 
 def _write_array(path: Path, array: jax.Array | Streamed) -> None:
@@ -367,11 +369,3 @@ def _sha256(path: Path) -> str:
 
 def _sha256_of_json(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

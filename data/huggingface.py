@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 
-from data.records import Record, TextProcessor, refuse_or_count
+from data.records import Record, refuse_or_count
+from data.text_processor import TextProcessor
 
 
 class HuggingfaceReader:

@@ -5,7 +5,8 @@ once and then answers chunk after chunk of lines.  It is neither a fork (JAX has
 (whose start imports the main program, JAX with it, and which pickles).  Its input ends when the program that started
 it does, however that ends, and with its input it ends itself.
 
-A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.  Neighbour: records.py, on both sides.
+A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.  Neighbours: text_processor.py below,
+records.py above.
 """
 import contextlib
 import json
@@ -23,17 +24,18 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from data.text_processor import TextProcessor, tokenize
 from data.tokenizer import Tokenizer, tokenizer_from_json
 
 ROOT = Path(__file__).parent.parent
 
 
 class Workers:
-    """Processes that tokenize as `processor` (a records.TextProcessor) does.  They live until `close()` or until
+    """Processes that tokenize as `processor` (a TextProcessor) does.  They live until `close()` or until
     nothing refers to this object.  Raises ChildProcessError when one of them ends before its time.
     """
 
-    def __init__(self, processor, processes: int):
+    def __init__(self, processor: TextProcessor, processes: int):
         self._processes = [subprocess.Popen([sys.executable, '-m', 'data.parallel'], stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, cwd=ROOT, process_group=0)  # Ctrl-C is not theirs
                            for _ in range(processes)]
@@ -48,7 +50,7 @@ class Workers:
             self._idle.put(process)
 
     def outcomes(self, lines: Iterable, chunk_size: int, batch_size: int) -> Iterator[tuple]:
-        """(line, `records.tokenize` of line.text) for each line, in order.
+        """(line, `tokenize` of line.text) for each line, in order.
 
         A worker gets `chunk_size` lines at a time; at most `batch_size` lines, or one chunk for each worker if that
         is more, are read and tokenized ahead of what was taken.
@@ -133,8 +135,6 @@ def _read(pipe) -> tuple[dict, bytes] | None:
 
 
 def main() -> None:
-    from data.records import TextProcessor, tokenize  # records.py imports this file
-
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)  # whatever a library prints must not stand between the frames
     frame = _read(requests)

@@ -12,7 +12,8 @@ import pytest
 
 from data import batches
 from data.batches import PackedStream, Rows, default_buckets, read_dataset_state
-from data.records import RecordReader, TextProcessor
+from data.records import RecordReader
+from data.text_processor import TextProcessor
 from data.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / 'golden' / 'easylm'

@@ -10,7 +10,8 @@ import pytest
 
 from data.batches import PackedStream, Rows
 from data.huggingface import HuggingfaceReader
-from data.records import RecordReader, TextProcessor
+from data.records import RecordReader
+from data.text_processor import TextProcessor
 from data.tokenizer import load_tokenizer
 
 datasets = pytest.importorskip('datasets')

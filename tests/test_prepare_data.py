@@ -11,7 +11,8 @@ import pytest
 import flags
 import prepare_data
 from data.labelled import Example, read_labelled, sample
-from data.records import RecordReader, TextProcessor
+from data.records import RecordReader
+from data.text_processor import TextProcessor
 
 ROWS = [{'text': 'a fine film', 'label': 1}, {'text': 'dull , "flat" and long', 'label': 0},
         {'text': 'café', 'label': 1}]

@@ -1,0 +1,135 @@
+"""The text processor: a JSON object -> token ids with a loss mask.
+
+`fields` says how a record becomes tokens, in the little language of EasyLM (its data.py, August 2023):
+
+    '[question+prompt],<|eos|>,answer'     `,` separates fields, each tokenized alone, without bos or eos
+      a+b     the texts of keys a and b, joined by `subfield_separator`
+      <|bos|> <|eos|> <|17|>               one token, by role or by id
+      {key}   base64 of raw token ids, little-endian `base64_token_dtype`
+      [..]    the field carries no loss (mask 0 instead of 1)
+
+Neighbours: tokenizer.py below; records.py (files of records) and parallel.py (the same in several processes) above.
+"""
+import base64
+import binascii
+import json
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+
+
+def parse(line: bytes) -> tuple[dict | None, str]:
+    """(the JSON object of a line, ''), or (None, what is wrong; '' for an empty line)."""
+    if not line.strip():
+        return None, ''
+    try:
+        example = json.loads(line.decode('utf-8'))
+    except UnicodeDecodeError as error:
+        return None, f'invalid UTF-8 at byte {error.start} of the line'
+    except json.JSONDecodeError as error:
+        return None, f'no valid JSON: {error.msg} at column {error.colno}'
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets a thousand deep
+        return None, f'no valid JSON: {error}'
+    if not isinstance(example, dict):
+        return None, f'a record must be a JSON object, this is {type(example).__name__}'
+    return example, ''
+
+
+class TextProcessor:
+    """(example) -> (token ids, loss mask), as the `fields` language says.
+
+    `fields_from_example` names a key of the example that holds the fields string instead.  `prepend_text` goes before
+    the first field, if that is text.  bos gets mask 0, eos mask 1.  Raises ValueError for settings that make no sense
+    and, when called, for an example that does not fit them; the text names the field, not the line: the caller knows
+    the line.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fields: str = '', fields_from_example: str = '',
+                 subfield_separator: str = ' ', prepend_text: str = '', add_bos_token: bool = True,
+                 add_eos_token: bool = True, base64_token_dtype: str = 'i4'):
+        if bool(fields) == bool(fields_from_example):
+            raise ValueError(f'{fields=} and {fields_from_example=}: set exactly one of text_processor.fields and '
+                             "text_processor.fields_from_example, for example fields='[prompt],answer'")
+        try:
+            self.base64_dtype = np.dtype(base64_token_dtype).newbyteorder('<')
+        except TypeError:
+            raise ValueError(f'{base64_token_dtype=} is no numpy dtype; use i4, i8, u2 or u4') from None
+        if self.base64_dtype.kind not in 'iu':
+            raise ValueError(f'{base64_token_dtype=} must be an integer dtype: i4, i8, u2 or u4')
+        self.settings = dict(fields=fields, fields_from_example=fields_from_example,
+                             subfield_separator=subfield_separator, prepend_text=prepend_text,
+                             add_bos_token=add_bos_token, add_eos_token=add_eos_token,
+                             base64_token_dtype=base64_token_dtype, tokenizer=tokenizer.fingerprint)
+        self.tokenizer, self.subfield_separator, self.prepend_text = tokenizer, subfield_separator, prepend_text
+        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
+        self.fields, self.fields_from_example = fields, fields_from_example
+
+    def __call__(self, example: dict) -> tuple[list[int], list[float]]:
+        tokens, loss_mask = [], []
+        if self.add_bos_token:
+            tokens.append(self.tokenizer.bos_token_id)
+            loss_mask.append(0.0)
+        fields = _text(example, self.fields_from_example) if self.fields_from_example else self.fields
+        for number, field in enumerate(fields.split(',')):
+            masked = field.startswith('[') and field.endswith(']')
+            field_tokens = self._field(example, field[1:-1] if masked else field, number == 0, masked)
+            tokens += field_tokens
+            loss_mask += [0.0 if masked else 1.0] * len(field_tokens)
+        if self.add_eos_token:
+            tokens.append(self.tokenizer.eos_token_id)
+            loss_mask.append(1.0)
+        return tokens, loss_mask
+
+    def _field(self, example: dict, field: str, first: bool, masked: bool) -> list[int]:
+        if field.startswith('<|') and field.endswith('|>'):
+            return self._known(field, [self._special(field)])
+        if field.startswith('{') and field.endswith('}'):
+            try:
+                raw = base64.b64decode(_text(example, field[1:-1]), validate=True)
+            except binascii.Error as error:
+                raise ValueError(f'{field=} is not base64: {error}') from None
+            if len(raw) % self.base64_dtype.itemsize:
+                raise ValueError(f'{field=} holds {len(raw)} bytes, no multiple of base64_token_dtype '
+                                 f'{self.base64_dtype.str}')
+            return self._known(field, np.frombuffer(raw, self.base64_dtype).tolist())
+        text = self.subfield_separator.join(_text(example, key) for key in field.split('+'))
+        if not masked and not text.strip():
+            raise ValueError(f'{field=} is blank, so it has nothing to learn from')
+        return self.tokenizer.encode(self.prepend_text + text if first else text)
+
+    def _special(self, field: str) -> int:
+        name = field[2:-2]
+        if name == 'bos':
+            return self.tokenizer.bos_token_id
+        if name == 'eos':
+            return self.tokenizer.eos_token_id
+        if not (name.isascii() and name.isdigit()):
+            raise ValueError(f'{field=} is no token: write <|bos|>, <|eos|> or an id like <|17|>')
+        return int(name)
+
+    def _known(self, field: str, tokens: list[int]) -> list[int]:
+        for token in tokens:
+            if not 0 <= token < self.tokenizer.vocab_size:
+                raise ValueError(f'{field=} holds token id {token}; the tokenizer has {self.tokenizer.vocab_size}')
+        return tokens
+
+
+def _text(example: dict, key: str) -> str:
+    if key not in example:
+        raise ValueError(f'field {key!r} is missing; the record has {", ".join(map(repr, example)) or "no keys"}')
+    value = example[key]
+    if not isinstance(value, str):
+        raise ValueError(f'field {key!r} must be text, this is {type(value).__name__}')
+    return value
+
+
+def tokenize(processor: TextProcessor, line: bytes) -> tuple[list[int] | None, list[float] | None, str]:
+    """(token ids, loss mask, '') of a line; (None, None, what is wrong), '' for an empty line."""
+    example, problem = parse(line)
+    if example is None:
+        return None, None, problem
+    try:
+        return *processor(example), ''
+    except ValueError as error:
+        return None, None, str(error)
