@@ -2,6 +2,9 @@
 # make quickstart-full   the same with one epoch of all 8,485 training reviews
 # make test              all tests
 # make test-oracle       what we write, read by transformers itself (installs torch)
+# make test-tpu          the kernels through the TPU compiler, without a TPU (installs libtpu, 700 MB)
+# make compile-tpu       every kernel at every shape for v4, v5e, v5p and v6e
+# make benchmark-tpu     the table of the kernels' static times: hours
 # make lint              ruff
 # Each target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
 
@@ -12,7 +15,7 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: quickstart quickstart-full test test-oracle lint model assets
+.PHONY: quickstart quickstart-full test test-oracle test-tpu compile-tpu benchmark-tpu lint model assets
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	@echo "== installing the extra '$*' into $(VENV) (a minute or two the first time)"
@@ -43,6 +46,15 @@ test: $(VENV)/installed-test model
 test-oracle: $(VENV)/installed-oracle
 	@echo "== running the tests against transformers"
 	$(BIN)/python -m pytest -m oracle tests/test_transformers.py
+
+test-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
+	$(BIN)/python -m pytest -m libtpu
+
+compile-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
+	$(BIN)/python -m kernels.compile_all --target=v4,v5e,v5p,v6e
+
+benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
+	$(BIN)/python -m kernels.benchmark --target=v5e,v6e
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

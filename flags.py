@@ -86,7 +86,9 @@ MODEL = (  # common to every program that runs the network
          'a leading ! keeps the devices in plain order'),
     Flag('dtype', 'fp32', 'of activations and matrix products; parameters in training are always float32',
          ('fp32', 'float32', 'bf16', 'bfloat16', 'fp16', 'float16')),
-    Flag('attention', 'reference', 'attention implementation, by name', ('reference',)),
+    Flag('attention', '', 'implementation of attention: reference (einsum and softmax), or pallas (the TPU kernels; on '
+         'other platforms interpreted, for tests); empty: pallas on a TPU, reference elsewhere',
+         ('', 'reference', 'pallas')),
     Flag('seed', 42, 'of initial weights, shuffling and sampling'),
     Flag('jax_distributed.initialize_jax_distributed', False, 'call jax.distributed.initialize with the values below '
          'before anything else (on a TPU pod they are found without being given)'),

@@ -40,7 +40,6 @@ def open_model(flags: ConfigDict, config: LlamaConfig | None = None, **remat: st
     """
     start_processes(flags)
     keep_compilations()
-    attention.check(flags.attention)
     mesh = make_mesh(flags.mesh_dim)
     if config is None and flags.load_llama_config:
         config = named_config(flags.load_llama_config)
@@ -64,7 +63,8 @@ def open_model(flags: ConfigDict, config: LlamaConfig | None = None, **remat: st
                          f'{config.vocab_size}..{tokenizer.vocab_size - 1} would have no embedding; give the '
                          'tokenizer that belongs to the model as --tokenizer.vocab_file')
     llama.check_divisible(config, mesh)
-    return Model(mesh, config, Compute(flags.dtype, flags.attention, **remat), tokenizer, template, choose_bos(flags))
+    compute = Compute(flags.dtype, attention.resolve(flags.attention), **remat)
+    return Model(mesh, config, compute, tokenizer, template, choose_bos(flags))
 
 
 def start_processes(flags: ConfigDict) -> None:
@@ -104,8 +104,9 @@ def describe(model: Model) -> str:
     shape = ','.join(f'{axis}={size}' for axis, size in model.mesh.shape.items())
     parameters = sum(jax.tree.leaves(jax.tree.map(lambda x: x.size, llama.abstract_params(model.config, model.mesh))))
     devices = jax.devices()
+    how = model.compute.attention + (' (interpreted)' if attention.interpreted(model.compute.attention) else '')
     return (f'platform {devices[0].platform} ({devices[0].device_kind} x {len(devices)}), mesh {shape}, '
-            f'attention {model.compute.attention}, dtype {model.compute.dtype}, {parameters:,} parameters')
+            f'attention {how}, dtype {model.compute.dtype}, {parameters:,} parameters')
 
 
 def keep_compilations() -> None:

@@ -1,29 +1,73 @@
-"""Which attention runs: chosen by name, never by fallback.  The definition is kernels/reference.py."""
+"""Which attention runs: chosen by name, never by fallback.
+
+  reference   kernels/reference.py: the definition, in einsum and softmax; writes all scores to memory
+  pallas      kernels/flash_attention.py for many tokens, kernels/decode_attention.py for one: TPU kernels.  On any
+              other platform they run in Pallas's TPU interpreter, which is for tests: right, and very slow
+"""
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels import reference
+from kernels.decode_attention import decode_attention
+from kernels.flash_attention import flash_attention
+from model import cache as kv_cache
 
-IMPLEMENTATIONS = {'reference': reference.attention}
+IMPLEMENTATIONS = ('reference', 'pallas')
 
 
-def check(name: str) -> None:
-    """Raises ValueError that lists the implementations when `name` is none of them."""
-    if name not in IMPLEMENTATIONS:
+def resolve(name: str) -> str:
+    """The implementation that --attention names; empty means pallas on a TPU and reference elsewhere."""
+    if name and name not in IMPLEMENTATIONS:
         raise ValueError(f'attention={name!r} is not implemented: use one of {" ".join(IMPLEMENTATIONS)}')
+    return name or ('pallas' if on_tpu() else 'reference')
 
 
-def attend(name: str, q_BTHD, k_BSKD, v_BSKD, *, positions_BT, segments_BT, cached: bool) -> jax.Array:
-    """o_BTHD of causal attention within segments, scale 1/sqrt(D), by the implementation `name`.
+def on_tpu() -> bool:
+    """Whether the program is compiled for a TPU: one of this process, or one that only the mesh describes."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind.startswith('TPU')
 
-    Without a cache the keys are the queries' own (S = T).  With one (`cached`), key s is at position s and belongs to
-    the row's one sequence: causality alone hides the slots that are not yet written.
+
+def interpreted(name: str) -> bool:
+    """Whether that implementation is a TPU kernel that has no TPU to run on."""
+    return name == 'pallas' and not on_tpu()
+
+
+def _interpret():
+    return pltpu.InterpretParams() if interpreted('pallas') else False
+
+
+def attend(name: str, q_BTHD, k_BTKD, v_BTKD, segments_BT) -> jax.Array:
+    """o_BTHD of causal attention within segments (0: padding; None: one segment a row), scale 1/sqrt(D)."""
+    B, T, _, D = q_BTHD.shape
+    if name == 'pallas':
+        return flash_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, scale=D ** -0.5, interpret=_interpret())
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
+    return reference.attention(q_BTHD, k_BTKD, v_BTKD, scale=D ** -0.5, query_positions_BT=positions_BT,
+                               key_positions_BS=positions_BT, query_segments_BT=segments_BT,
+                               key_segments_BS=segments_BT)
+
+
+def attend_cached(name: str, q_BTHD, k_BTKD, v_BTKD, cache: kv_cache.Cache, layer, positions_BT,
+                  from_start: bool) -> jax.Array:
+    """o_BTHD of queries at `positions_BT` over the slots up to their own; k and v are in the cache already.
+
+    from_start: the T tokens are the first of their rows, so that their own k and v are all there is to see.
+    Raises ValueError for several tokens that are not, with pallas: its kernels know the two cases of a server.
     """
-    if cached:
-        key_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1], dtype=jnp.int32), k_BSKD.shape[:2])
-        query_segments_BT, key_segments_BS = jnp.ones_like(positions_BT), jnp.ones_like(key_positions_BS)
-    else:
-        key_positions_BS, query_segments_BT, key_segments_BS = positions_BT, segments_BT, segments_BT
-    return IMPLEMENTATIONS[name](
-        q_BTHD, k_BSKD, v_BSKD, scale=q_BTHD.shape[-1] ** -0.5, query_positions_BT=positions_BT,
-        key_positions_BS=key_positions_BS, query_segments_BT=query_segments_BT, key_segments_BS=key_segments_BS)
+    _, T, _, D = q_BTHD.shape
+    K = k_BTKD.shape[2]
+    if name == 'pallas' and from_start:
+        return attend(name, q_BTHD, k_BTKD, v_BTKD, None)
+    if name == 'pallas':
+        if T != 1:
+            raise ValueError(f"attention='pallas' continues a cache one token at a time, not by {T=}: use 'reference'")
+        return decode_attention(q_BTHD[:, 0], cache.k_NBSW, cache.v_NBSW, positions_BT[:, 0] + 1, kv_heads=K,
+                                scale=D ** -0.5, layer=layer, interpret=_interpret())[:, None]
+    k_BSKD, v_BSKD = kv_cache.read(cache, layer, K, D)
+    slots_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1], dtype=jnp.int32), k_BSKD.shape[:2])
+    return reference.attention(q_BTHD, k_BSKD, v_BSKD, scale=D ** -0.5, query_positions_BT=positions_BT,
+                               key_positions_BS=slots_BS, query_segments_BT=jnp.ones_like(positions_BT),
+                               key_segments_BS=jnp.ones_like(slots_BS))

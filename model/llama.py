@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from model import cache as kv_cache
-from model.attention import attend
+from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
 from model.partition import WeightSpec, all_gather, pytree, reduce_scatter, specs_of, weight
 
@@ -120,12 +120,13 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
     B, T = tokens_BT.shape
     dtype = DTYPES[compute.dtype]
     split_sequence = cache is None and T % lax.axis_size('mp') == 0
-    if positions_BT is None:
+    from_start = positions_BT is None
+    if from_start:
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     rope = rope_table(positions_BT, config)
 
     def attention(n_BTM, w, rope, cache, index):
-        return attention_block(n_BTM, w, rope, positions_BT, segments_BT, config, compute, cache, index)
+        return attention_block(n_BTM, w, rope, positions_BT, segments_BT, config, compute, cache, index, from_start)
 
     attention = rematerialized(attention, compute.remat_attention)
     ffn = rematerialized(lambda n_BTM, w: ffn_block(n_BTM, w, dtype), compute.remat_mlp)
@@ -163,25 +164,22 @@ def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Ar
     return sum_partial(rows_BTM, split_sequence)  # exactly one device holds a token's row, so the sum is that row
 
 
-def attention_block(n_BTM, w: Layer, rope, positions_BT, segments_BT, config, compute, cache, index):
+def attention_block(n_BTM, w: Layer, rope, positions_BT, segments_BT, config, compute, cache, index, from_start):
     """Attention over the local heads: partial sums of W_o's product (to be summed over mp), and the cache."""
-    B, T, _ = n_BTM.shape
-    dtype, D = n_BTM.dtype, config.head_dim
+    dtype, M, D = n_BTM.dtype, n_BTM.shape[2], config.head_dim
     w_q = all_gather(w.w_q.astype(dtype), 'M/fsdp HD/mp -> M HD/mp')
     w_k, w_v = (kv_heads_of_this_device(all_gather(x.astype(dtype), 'M/fsdp KD/mp -> M KD/mp'), config)
                 for x in (w.w_k, w.w_v))
-    q_BTHD = rotate((n_BTM @ w_q).reshape(B, T, -1, D), rope)
-    k_BTKD = rotate((n_BTM @ w_k).reshape(B, T, -1, D), rope)
-    v_BTKD = (n_BTM @ w_v).reshape(B, T, -1, D)
+    # an einsum to heads, not a product and a reshape: the TPU compiler then writes the kernel's layout straight away
+    project = lambda w: jnp.einsum('BTM,MHD->BTHD', n_BTM, w.reshape(M, -1, D))
+    q_BTHD, k_BTKD, v_BTKD = rotate(project(w_q), rope), rotate(project(w_k), rope), project(w_v)
     if cache is None:
-        k_BSKD, v_BSKD = k_BTKD, v_BTKD
+        o_BTHD = attend(compute.attention, q_BTHD, k_BTKD, v_BTKD, segments_BT)
     else:
         cache = kv_cache.write(cache, index, positions_BT, k_BTKD, v_BTKD)
-        k_BSKD, v_BSKD = kv_cache.read(cache, index)
-    o_BTHD = attend(compute.attention, q_BTHD, k_BSKD, v_BSKD, positions_BT=positions_BT, segments_BT=segments_BT,
-                    cached=cache is not None)
+        o_BTHD = attend_cached(compute.attention, q_BTHD, k_BTKD, v_BTKD, cache, index, positions_BT, from_start)
     w_o = all_gather(w.w_o.astype(dtype), 'HD/mp M/fsdp -> HD/mp M')
-    return o_BTHD.reshape(B, T, -1) @ w_o, cache
+    return jnp.einsum('BTHD,HDM->BTM', o_BTHD, w_o.reshape(-1, D, M)), cache
 
 
 def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:

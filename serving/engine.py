@@ -28,7 +28,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.tokenizer import Tokenizer
-from model.cache import Cache, init_cache
+from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
 from model.llama import DTYPES, Llama, hidden_states, partitions
 from model.loss import logits, token_cross_entropy
@@ -490,9 +490,7 @@ class Engine:
         return beams.best(search), finite_B, search.step
 
     def _grow(self, state: State, length: int) -> State:
-        longer = jax.tree.map(
-            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0), (0, 0))), state.cache)
-        return dataclasses.replace(state, cache=longer)
+        return dataclasses.replace(state, cache=longer(state.cache, length))
 
     def _score(self, params, tokens_BT, positions_BP, targets_BP):
         """(nll_BP float32, correct_BP bool) of targets_BP as the tokens after positions_BP."""
@@ -503,11 +501,13 @@ class Engine:
     def _first(self, params):
         """log p [V] of the token after a padding token that sees bos alone.
 
-        In the cache bos has slot 0 and the padding token slot 1, but its position is 0: it sees slot 0 only.
+        In the cache bos has slot 0 and the padding token slot 1, but its position is 0: it sees slot 0 only.  No kernel
+        is made for that, so the reference computes these two tokens.
         """
+        compute = dataclasses.replace(self.compute, attention='reference')
         tokens_12 = jnp.array([[self.tokenizer.bos_token_id, self.tokenizer.pad_token_id]], jnp.int32)
         cache = init_cache(self.config, 1, 2, DTYPES[self.compute.dtype], lax.axis_size('mp'))
-        h_12M, _ = hidden_states(params, tokens_12, None, self.config, self.compute, cache=cache,
+        h_12M, _ = hidden_states(params, tokens_12, None, self.config, compute, cache=cache,
                                  positions_BT=jnp.zeros((1, 2), jnp.int32))
         return jax.nn.log_softmax(all_gather(logits(params, h_12M[:, 1:])[0], 'P V/mp -> P V')[0])
 
@@ -574,7 +574,7 @@ class Engine:
         """(function, in_specs, out_specs, donated arguments) of a program."""
         params, everywhere = partitions(self.config), PartitionSpec()
         rows = Rows(BATCH, BATCH, BATCH, BATCH)
-        slots = PartitionSpec(None, BATCH[0], None, 'mp', None)
+        slots = PartitionSpec(None, BATCH[0], None, 'mp')
         state = State(Cache(slots, slots), BATCH, BATCH, BATCH, BATCH, everywhere, everywhere)
         return {
             'prefill': (self._prefill, (params, BATCH, rows), state, ()),

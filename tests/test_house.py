@@ -10,7 +10,8 @@ import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {  # room -> the rooms it may import from; entry points may import everything
-    'kernels': set(),
+    'tpu': set(),
+    'kernels': {'tpu'},
     'data': set(),
     'model': {'kernels'},
     'checkpoint': {'model', 'data'},
