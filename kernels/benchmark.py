@@ -30,6 +30,7 @@ import tempfile
 import jax
 import numpy as np
 from absl import app, flags
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels import anchors, report, shapes
 from kernels.anchors import Case, with_gradient
@@ -46,7 +47,7 @@ NOT_FORWARD = '^(?!.*(fwd|forward))'  # a gradient's program runs the forward ke
 MOST_ERROR = 0.01  # relative RMS; bfloat16 attention is at 0.002 to 0.004, a wrong mask or scale at 0.05 and more
 
 
-def ours(shape: AttentionShape | DecodeShape, backward: bool, interpret: bool = False, tiles=None) -> Case:
+def ours(shape: AttentionShape | DecodeShape, backward: bool, interpret=False, tiles=None) -> Case:
     """Our kernel at a shape, with its tuned tiles or others."""
     scale = shape.D ** -0.5
     if isinstance(shape, AttentionShape):
@@ -220,7 +221,7 @@ def attached_chip() -> chips.Chip:
 def sources(*more: str) -> str:
     """What ours consists of: a kernel that was changed is timed again."""
     folder = pathlib.Path(__file__).parent
-    names = ('flash_attention.py', 'tiles.py', 'decode_attention.py', 'shapes.py', *more)
+    names = ('flash_attention.py', 'tiles.py', 'decode_attention.py', 'decode_walk.py', 'shapes.py', *more)
     return hashlib.sha256(b''.join((folder / name).read_bytes() for name in names
                                    if (folder / name).exists())).hexdigest()[:16]
 
@@ -246,8 +247,8 @@ def time_row(shape, kernel: str, backward: bool, tiles, target: str) -> dict:
     row = {}
     if kernel == 'ours' or on_tpu:
         checked = small(shape) if kernel == 'ours' else dataclasses.replace(shape, B=1)
-        case = ours(checked, backward, interpret=not on_tpu) if kernel == 'ours' else make_case(
-            kernel, checked, backward, tiles)
+        interpret = False if on_tpu else pltpu.InterpretParams()
+        case = ours(checked, backward, interpret) if kernel == 'ours' else make_case(kernel, checked, backward, tiles)
         row['error_rms'] = check(case, checked, backward)
     case = make_case(kernel, shape, backward, tiles)
     chip = attached_chip() if on_tpu else chips.find(target)
