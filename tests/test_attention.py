@@ -4,7 +4,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import QUICK, TINY
 
 from data.batches import Batch
 from data.tokenizer import load_tokenizer
@@ -16,7 +16,6 @@ from training import loop, step
 from training.optimizer import AdamW
 
 HYPER = AdamW(lr=1e-3, end_lr=1e-3, lr_warmup_steps=0, lr_decay_steps=10, multiply_by_parameter_scale=True)
-QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # compiles in a third of the time
 SMALL = dataclasses.replace(TINY, num_hidden_layers=2)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import QUICK
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
@@ -20,7 +21,6 @@ if importlib.util.find_spec('libtpu'):
     prepare(schedules=True)  # before any test of the session loads libtpu
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
 RACES = pltpu.InterpretParams(uninitialized_memory='nan', detect_races=True)
-QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # compiles in a third of the time
 SMALL = DecodeTiles(block=32, buffers=3, cores=1)
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 make_cache, quantize = quick_jit(decode.make_cache), quick_jit(decode.quantize)

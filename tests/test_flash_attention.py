@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import QUICK
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
@@ -26,7 +27,6 @@ if importlib.util.find_spec('libtpu'):
     prepare(schedules=True)  # before any test of the session loads libtpu
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
 RACES = pltpu.InterpretParams(uninitialized_memory='nan', detect_races=True)
-QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}  # compiles in a third of the time
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 SQUARES = Tiles(heads=1, block=128, strip=128, diagonal=128, turn=128)  # rows longer than 128 take several squares
 STRIPS = Tiles(heads=2, block=512, strip=256, diagonal=128, turn=256)  # rows up to 512 are one square

@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers import MESHES, TINY, one_device
+from helpers import MESHES, QUICK, TINY, one_device
 from jax.sharding import PartitionSpec as P
 
 from data.batches import Batch
@@ -93,7 +93,8 @@ def five_steps(mesh, accumulate: int):
     hyper = AdamW(lr=0.002, end_lr=0.0002, lr_warmup_steps=1, lr_decay_steps=8, weight_decay=0.01, bf16_momentum=True,
                   multiply_by_parameter_scale=True)
     state = step.init_state(llama.init_params(TINY, mesh, 0), TINY, hyper, accumulate, mesh)
-    train_step = step.make_train_step(TINY, Compute(), hyper, accumulate, mesh)
+    train_step = step.make_train_step(TINY, Compute(), hyper, accumulate, mesh).lower(
+        state, put(random_batch(0), mesh)).compile(compiler_options=QUICK)
     losses = []
     for n in range(5):
         state, metrics = train_step(state, put(random_batch(n), mesh))
