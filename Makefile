@@ -41,7 +41,7 @@ quickstart quickstart-full: assets
 
 test: $(VENV)/installed-test model
 	@echo "== running the tests, one process a core"
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
 test-oracle: $(VENV)/installed-oracle
 	@echo "== running the tests against transformers"

@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -212,7 +213,8 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _dataset('eval_dataset') + (
     Flag('load_dataset_state', '', 'dataset.json of an earlier run, or its checkpoint: go on in the data where it '
          'stood; replaces all train_dataset flags'),
     Flag('log_freq', 50, 'steps between logged rows'),
-    Flag('log_all_worker', False, 'every process writes its log, not process 0 alone'),
+    Flag('log_all_worker', False, 'every process writes its log, not process 0 alone',
+         only='a run has one process so far'),
     Flag('save_model_freq', 0, 'steps between checkpoints; the final one is always saved'),
     Flag('save_milestone_freq', 0, 'steps between checkpoints that are never deleted'),
     Flag('eval_steps', 0, 'batches of eval_dataset measured at each logged row, the same ones each time'),
@@ -344,6 +346,10 @@ def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
                 node[part] = ConfigDict()
             node = node[part]
         node[last] = values[flag.name].value
+        if isinstance(node[last], str) and re.search('(^|::)gs://', node[last]):
+            url = node[last].rpartition('::')[2]
+            raise ValueError(f'{flag.name}={node[last]!r}: cloud storage is not read or written; copy it first (gcloud '
+                             f'storage cp -r {url} .) and give the local path')
         if flag.only and node[last] != flag.default:
             raise ValueError(f'{flag.name}={node[last]!r} must stay {flag.default!r}: {flag.only}')
     config.lock()

@@ -1,7 +1,7 @@
 """Trains (fine-tunes) a LLaMA on text records: python train.py --config=configs/quickstart.py
 
-Reads --load_checkpoint and --train_dataset.json_dataset.path, writes DIR/metrics.jsonl and DIR/step_N (checkpoints that
-serve.py, evaluate.py and train.py load) where DIR is --logger.output_dir.
+Reads --load_checkpoint and --train_dataset, writes DIR/metrics.jsonl and DIR/step_N (checkpoints that serve.py,
+evaluate.py and train.py load), or what EasyLM reads, where DIR is --logger.output_dir.
 """
 import json
 import pathlib
@@ -27,9 +27,6 @@ from training import loop, step
 from training.metrics import MetricsWriter
 from training.optimizer import AdamW, Hyperparameters, OptimizerState, Palm
 
-FLOAT_DTYPES = {'': '', 'fp32': 'fp32', 'float32': 'fp32', 'bf16': 'bf16', 'bfloat16': 'bf16', 'fp16': 'fp16',
-                'float16': 'fp16'}  # the spellings of checkpointer.float_dtype
-
 
 def main(config) -> None:
     began = time.perf_counter()
@@ -50,7 +47,7 @@ def main(config) -> None:
     hyper = read_hyperparameters(config.optimizer, total_steps)
     accumulate = config.optimizer.accumulate_gradient_steps
     template = template_of(dataset) or model.template
-    save_arrays = saver(config, model, hyper, output_dir, dataset, template)
+    save_arrays = saver(config, model, hyper, output_dir, dataset, template, total_steps)
     rows, length = batches.batch_size, batches.seq_length
     print(f'{total_steps} steps of {rows} rows up to {length} tokens; prompt template: {template}', flush=True)
 
@@ -193,16 +190,16 @@ def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedSt
                              f"add --{name}.type=json")
         reader = HuggingfaceReader(rows.path, rows.name, rows.split, rows.streaming, processor,
                                    skip_bad_lines=rows.skip_bad_lines, flag=flag)
-        start = {}
+        more = {}
     else:
         if not rows.path:
             raise ValueError(f'{flag}.path is empty: name a file of JSON lines (prepare_data.py writes them)')
         reader = RecordReader(rows.path, processor, skip_bad_lines=rows.skip_bad_lines, flag=flag,
                               processes=rows.tokenizer_processes, chunk_size=rows.tokenizer_parallel_chunk_size,
                               batch_size=rows.tokenizer_parallel_batch_size)
-        start = {key: rows[key] for key in ('start_seek_loc', 'example_index_at_start', 'tokens_count_at_start',
-                                            'throughput_average_window_size')}
-    sizes = dict(seq_length=rows.seq_length, batch_size=rows.batch_size) | start
+        more = {key: rows[key] for key in ('start_seek_loc', 'example_index_at_start', 'tokens_count_at_start',
+                                           'throughput_average_window_size')}
+    sizes = dict(seq_length=rows.seq_length, batch_size=rows.batch_size) | more
     if rows.batching == 'stream':
         return PackedStream(reader, always_start_with_bos=rows.always_start_with_bos, **sizes)
     batches = Rows(reader, seed=seed, too_long=rows.too_long, **sizes)
@@ -315,7 +312,7 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
 
 
 def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathlib.Path, dataset,
-          template: PromptTemplate | None):
+          template: PromptTemplate | None, total_steps: int):
     """The function (arrays, steps done, position in the data) -> path that writes a checkpoint in the format asked for.
 
     What the format cannot hold is refused here, not at the end of the run.
@@ -335,14 +332,16 @@ def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathl
     if config.resume:
         raise ValueError('resume=True continues native checkpoints; with checkpointer.format=easylm go on with '
                          '--load_checkpoint=trainstate::FILE and --load_dataset_state=dataset.json')
-    float_dtype = FLOAT_DTYPES[config.checkpointer.float_dtype]
-    if config.checkpointer.save_optimizer_state and float_dtype not in ('', 'fp32'):
+    float_dtype = config.checkpointer.float_dtype
+    if config.checkpointer.save_optimizer_state and float_dtype not in ('', 'fp32', 'float32'):
         print(f'WARNING: checkpointer.{float_dtype=} rounds the train state, so a run that goes on from it differs; '
               '--checkpointer.float_dtype=fp32 keeps it', flush=True)
 
     def save_easylm(arrays: dict, done: int, position: dict) -> pathlib.Path:
-        """The streaming file, and as JSON what EasyLM pickles beside it; all are overwritten but for milestones."""
-        milestone = config.save_milestone_freq and done % config.save_milestone_freq == 0
+        """The streaming file, and as JSON what EasyLM pickles beside it; the next overwrites all but a milestone, whose
+        names end in its step.  The end of the run is never under such names.
+        """
+        milestone = config.save_milestone_freq and done % config.save_milestone_freq == 0 and done < total_steps
         suffix = f'_{done}' if milestone else ''
         metadata = dict(step=done, flags=flag_values, llama_config=config_to_dict(model.config))
         for name, content in (('metadata', metadata), ('dataset', dict(dataset=dataset.to_dict(), state=position))):

@@ -11,14 +11,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from checkpoint.huggingface import NAMES
+from checkpoint.huggingface import DTYPES, NAMES
 from checkpoint.load import tensors_of
 from checkpoint.writing import FLOATS, appears_whole, rounded
 from data.tokenizer import Tokenizer
 from model.config import LlamaConfig
-
-STORED = {'fp32': 'F32', 'bf16': 'BF16', 'fp16': 'F16'}  # safetensors' names of the dtypes
-TORCH = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 
 Entry = tuple[str, str, int | None, tuple[int, ...]]  # their name, our name, layer, their shape
 
@@ -53,7 +50,7 @@ def write(path: Path, tensor: Callable[[str, int | None], np.ndarray], config: L
 def _config(config: LlamaConfig, float_dtype: str) -> dict:
     scaling = config.rope_scaling
     return dict(
-        architectures=['LlamaForCausalLM'], model_type='llama', torch_dtype=TORCH[float_dtype],
+        architectures=['LlamaForCausalLM'], model_type='llama', torch_dtype=np.dtype(FLOATS[float_dtype]).name,
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
@@ -113,10 +110,11 @@ def _shards(entries: list[Entry], item_bytes: int, max_shard_bytes: int) -> list
 
 
 def _write_shard(path: Path, entries: list[Entry], tensor, float_dtype: str) -> None:
-    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    header, end, dtype = {'__metadata__': {'format': 'pt'}}, 0, np.dtype(FLOATS[float_dtype])
+    stored = next(name for name in DTYPES if DTYPES[name] == dtype)
     for entry in entries:
-        start, end = end, end + _size(entry) * np.dtype(FLOATS[float_dtype]).itemsize
-        header[entry[0]] = dict(dtype=STORED[float_dtype], shape=entry[3], data_offsets=[start, end])
+        start, end = end, end + _size(entry) * dtype.itemsize
+        header[entry[0]] = dict(dtype=stored, shape=entry[3], data_offsets=[start, end])
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)  # the format's alignment of the data
     with open(path, 'wb') as file:

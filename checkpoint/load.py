@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from checkpoint import native
 from data.prompt import PromptTemplate
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes, tokenizer_from_json
 from model.config import LlamaConfig, config_from_dict, config_to_dict
 from model.llama import Llama, abstract_params, weight_specs
 from model.partition import WeightSpec
@@ -60,9 +60,7 @@ def read_tokenizer(spec: str) -> Tokenizer | None:
     if kind == 'native' and (stated := _meta(spec, 'tokenizer', None)) is not None:
         directory, step = native_step(path)
         content = native.read_file(directory, step, stated['file_name'])
-        if stated['file_name'] == 'tokenizer.json':
-            return tokenizer_from_json(content.decode(), stated['bos'], stated['eos'], stated['pad'], source=path)
-        return load_tokenizer(native.step_directory(directory, step) / stated['file_name'])
+        return tokenizer_from_bytes(stated['file_name'], content, stated['bos'], stated['eos'], stated['pad'], path)
     return None
 
 
@@ -233,10 +231,6 @@ def split_spec(spec: str) -> tuple[str, str]:
         hint = f' (did you mean {close[0]}::?)' if close else ''
         raise ValueError(f'load_checkpoint={spec!r}: unknown type {kind!r}{hint}; types: '
                          f'{" ".join(name + "::" for name in TYPES)}, or a bare path for our own checkpoints')
-    if path.startswith('gs://'):
-        name = path.rstrip('/').rpartition('/')[2]
-        raise ValueError(f'load_checkpoint={spec!r}: cloud storage is not read directly; copy it with `gcloud '
-                         f'storage cp -r {path} .` and give the local path {name!r}')
     if kind == 'pickle' or Path(path).suffix in ('.pkl', '.pickle', '.pt', '.pth'):
         raise ValueError(f'load_checkpoint={spec!r}: pickle files are never read (unpickling runs code); save the '
                          'weights as safetensors (hf::) or take the streaming file of the same run (params::)')

@@ -14,7 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-FLOATS = {'fp32': np.float32, 'bf16': ml_dtypes.bfloat16, 'fp16': np.float16}
+FLOATS = {'fp32': np.float32, 'bf16': ml_dtypes.bfloat16, 'fp16': np.float16}  # and EasyLM's longer names of them
+FLOATS |= {np.dtype(dtype).name: dtype for dtype in FLOATS.values()}
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ def sync(path: Path) -> None:
 
 
 def rounded(array: np.ndarray, float_dtype: str, what: str) -> np.ndarray:
-    """`array` in 'fp32', 'bf16' or 'fp16', to nearest; '' and whole numbers stay as they are.
+    """`array` in a dtype of FLOATS, to nearest; '' and whole numbers stay as they are.
 
     Raises ValueError, naming `what`, for NaN and infinity, those included that only the rounding makes.
     """
@@ -67,5 +68,5 @@ def rounded(array: np.ndarray, float_dtype: str, what: str) -> np.ndarray:
             array = array.astype(FLOATS[float_dtype], copy=False) if float_dtype else array
         if not np.isfinite(array).all():
             raise ValueError(f'{what} holds NaN, infinity, or a value beyond the range of {array.dtype.name}: not '
-                             'written' + ('; take bf16 or fp32' if float_dtype == 'fp16' else ''))
+                             'written' + ('; take bf16 or fp32' if array.dtype == np.float16 else ''))
     return array

@@ -31,14 +31,14 @@ ROWS_STATE = 'epoch', 'batch', 'total_tokens'
 class Batch(NamedTuple):
     """What one training step reads.
 
-    tokens_BT int32.  segments_BT int32: 0 for padding, 1.. the record a token belongs to.
+    tokens_BT int32.  segments_BT int32: 0 for padding, 1.. the record a token belongs to; None: a row is one segment.
     loss_positions_BP int32: the positions t whose next token carries loss, then zeros; None means P = T, all in order.
     targets_BP int32: the token after that position.  loss_mask_BP float32: 1 where it counts, 0 elsewhere.
     row_weight_B float32: 0 for a row that only fills the batch up; the loss is a weighted mean over rows.
     """
 
     tokens_BT: np.ndarray
-    segments_BT: np.ndarray
+    segments_BT: np.ndarray | None
     loss_positions_BP: np.ndarray | None
     targets_BP: np.ndarray
     loss_mask_BP: np.ndarray
@@ -87,8 +87,7 @@ class PackedStream:
             inputs[:, 0] = self.reader.processor.tokenizer.bos_token_id
         self._drop(count)
         self._throughput.add(count)
-        segments, row_weight = np.ones(shape, np.int32), np.ones(self.batch_size, np.float32)
-        return Batch(inputs, segments, None, targets, loss_mask, row_weight)
+        return Batch(inputs, None, None, targets, loss_mask, np.ones(self.batch_size, np.float32))
 
     @property
     def metrics(self) -> dict:
@@ -379,8 +378,6 @@ def read_dataset_state(path: str) -> dict:
     Raises ValueError for another file, EasyLM's dataset.pkl among them: its numbers can be given as flags.
     """
     file = Path(path)
-    if str(path).startswith('gs://'):
-        raise ValueError(f'load_dataset_state={path!r} must be a local file; copy it first: gcloud storage cp {path} .')
     if not file.is_file():
         raise ValueError(f'load_dataset_state={path!r} is no file; it must name a dataset state that a run wrote')
     raw = file.read_bytes()

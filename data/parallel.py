@@ -22,10 +22,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 from data.text_processor import TextProcessor, tokenize
-from data.tokenizer import Tokenizer, tokenizer_from_json
+from data.tokenizer import tokenizer_from_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,7 +141,8 @@ def main() -> None:
         return
     greeting, source_bytes = frame
     settings = {name: value for name, value in greeting['settings'].items() if name != 'tokenizer'}
-    processor = TextProcessor(_rebuild(greeting, source_bytes), **settings)
+    name, ids = greeting['file_name'], (greeting[role] for role in ('bos', 'eos', 'pad'))
+    processor = TextProcessor(tokenizer_from_bytes(name, source_bytes, *ids, source=name), **settings)
     with contextlib.suppress(BrokenPipeError):  # nobody waits for the answer any more
         _write(answers, {'settings': processor.settings}, b'')
         while (frame := _read(requests)) is not None:
@@ -157,14 +157,6 @@ def main() -> None:
                 loss_mask += mask_of_line or []
             _write(answers, {'lengths': lengths, 'problems': problems},
                    np.array(tokens, '<i4').tobytes() + np.array(loss_mask, 'u1').tobytes())
-
-
-def _rebuild(greeting: dict, source_bytes: bytes) -> Tokenizer:
-    ids = greeting['bos'], greeting['eos'], greeting['pad']
-    if greeting['file_name'].endswith('.json'):
-        return tokenizer_from_json(source_bytes.decode('utf-8'), *ids)
-    model = sentencepiece.SentencePieceProcessor(model_proto=source_bytes)
-    return Tokenizer(source_bytes, greeting['file_name'], model.encode, model.decode, model.get_piece_size(), *ids)
 
 
 if __name__ == '__main__':

@@ -84,9 +84,6 @@ class RecordReader:
     def __init__(self, path: str | os.PathLike, processor: TextProcessor, *, skip_bad_lines: bool = False,
                  flag: str = 'train_dataset.json_dataset', processes: int = 1, chunk_size: int = 32,
                  batch_size: int = 1024):
-        if str(path).startswith('gs://'):
-            raise ValueError(f'{flag}.path={str(path)!r}: records are read from local files; copy it first: '
-                             f'gcloud storage cp {path} .')
         if not os.path.isfile(path):
             raise ValueError(f'{flag}.path={str(path)!r} is no file; it must name a file with one JSON object a line')
         for name, value in (('processes', processes), ('parallel_chunk_size', chunk_size),

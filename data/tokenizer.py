@@ -63,7 +63,7 @@ def load_tokenizer(path) -> Tokenizer:
         raise ValueError(f'tokenizer.vocab_file={str(given)!r} must name a tokenizer.model (sentencepiece) or '
                          'tokenizer.json file, or a directory that holds one')
     if path.suffix != '.json':
-        return _from_sentencepiece(path)
+        return _from_sentencepiece(path.read_bytes(), str(path))
     text, named, model_dir = _read_text(path), {}, path.parent
     sources = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json', 'config.json'
     for source in filter(Path.is_file, map(model_dir.joinpath, sources)):
@@ -108,15 +108,22 @@ def tokenizer_from_json(text: str, bos: int | str, eos: int | str, pad: int | st
                      inner.get_vocab_size(with_added_tokens=True), *ids)
 
 
-def _from_sentencepiece(path: Path) -> Tokenizer:
-    source_bytes = path.read_bytes()
+def tokenizer_from_bytes(file_name: str, source_bytes: bytes, bos: int, eos: int, pad: int, source: str) -> Tokenizer:
+    """A Tokenizer once more, from what checkpoints and worker processes have of it."""
+    if file_name.endswith('.json'):
+        return tokenizer_from_json(source_bytes.decode('utf-8'), bos, eos, pad, source)
+    return _from_sentencepiece(source_bytes, source, bos, eos, pad)
+
+
+def _from_sentencepiece(source_bytes: bytes, source: str, *ids: int) -> Tokenizer:
+    """`ids`: bos, eos and pad; without them the model's own, and pad := unk."""
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(source_bytes)
     except RuntimeError:
-        raise ValueError(f'tokenizer.vocab_file={str(path)!r} is no sentencepiece model') from None
+        raise ValueError(f'tokenizer.vocab_file={source!r} is no sentencepiece model') from None
     return Tokenizer(source_bytes, 'tokenizer.model', model.encode, model.decode, model.get_piece_size(),
-                     model.bos_id(), model.eos_id(), model.unk_id())
+                     *(ids or (model.bos_id(), model.eos_id(), model.unk_id())))
 
 
 def _read_text(path: Path) -> str:

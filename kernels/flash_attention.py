@@ -24,10 +24,9 @@ and transposed once.  q comes multiplied by scale * log2(e): exponents are base 
   dk, dv       scratch        [kv heads, T, D]      all passes         f32     1         2 MiB
   s, p, dp, ds stack          strip x strip         3 items in flight  both    -         5 MiB
                                                                        1 to spare: 16.25 MiB (tiles.vmem_bytes)
-The public arrays are [B,T,H,D] as projections make them.  The transposes below move nothing inside a layer: XLA lets
-the rotary embedding and the projection's product write [B,H,T,D], with D = 100 padded to 128 lanes by the layout.  (In
-a layer with D = 100, v5e, forward and backward, no activation is copied; blocks of [B,T,H D] with heads cut out in
-VMEM would start at lanes 100, 200, ... and were not needed.)  D_i is fused with the product that makes do.
+The public arrays are [B,T,H,D] as projections make them.  The transposes below move little inside a layer: XLA lets
+the rotary embedding and the projection's product write [B,H,T,D], with D = 100 padded to 128 lanes by the layout.  (At
+D = 64 nothing is copied; at D = 100, v5e, forward and backward, four activations a layer are: LOG.md.)  D_i is fused with the product that makes do.
 
 A grid step is one square of R x R scores of `heads` heads.  Up to T = block a row is a single square (n = 1):
 
@@ -56,18 +55,18 @@ Versions, static ms (the compiler's schedule, libtpu 0.0.42.1, 2026-11-22; not a
        pipelined order, diagonal cut at 256                                    .507     .298
        query-major scores, 2 heads a step, diagonal cut at 128; 256            .459     .272    a second layout: dropped
        K-major scores, 2 heads a step                                          .506     .235
-       K-major scores, 4 heads a step                                          .490     .219    <- this file
+       K-major scores, 4 heads a step                                          .488     .218    <- this file
        v transposed beforehand                                                 .487      -      no gain
        l by a column of ones in p v (query-major)                              .711     .289    one more tile of columns
   s1   backward: dq = dsᵀᵀ k, summed as [T, D]                                1.027     .510
        backward: dq_DT = kᵀ ds, summed as [D, T]                              1.047     .471
-       backward: sums set to zero and always added to                         1.028     .469    <- this file
+       backward: sums set to zero and always added to                         1.027     .465    <- this file
   s4   backward, the two forms of dq                                     .290, .268  .141, .133
   s3   grid of n x n squares, those above the diagonal skipped                3.744    1.701    idle steps hide no DMA
-       grid of the visible squares, from a table                              3.631    1.618    <- this file
+       grid of the visible squares, from a table                              3.611    1.596    <- this file
        1024 keys a turn                                                       3.646      -      code x 1.5
        K and V of the whole row in VMEM                                       3.545    1.567    T limited by VMEM
-  s3   backward                                                               7.763    3.364    anchor 10.99, 5.75
+  s3   backward                                                               7.666    3.287    anchor 10.93, 5.48
   s1   6 segments a row: blocks of 1024; 512; 256                    .543, .646, .737    -      masks beat skipping
   s3   12 segments a row: blocks of 1024; 512; 256                2.593, 1.992, 2.513    -
   s1   T = 1025: two squares of 1024; of 640                            1.940, .883    -      <- this file, the latter
@@ -459,7 +458,7 @@ def flash_attention(q_BTHD: Array, k_BSKD: Array, v_BSKD: Array, segments_BT: Ar
         Float32 is computed to float32's precision (products in six passes of bfloat16).
       segments_BT: int32; tokens see their own segment alone.  0 is padding: such rows give zeros and zero gradients.
       causal: no token sees a later one.
-      tiles: of the forward and of the backward kernel; by default those of TILES for the device that is compiled for.
+      tiles: of the forward and of the backward kernel; by default those of tuned_tiles.json for the device that is compiled for.
       interpret: False for the TPU, pltpu.InterpretParams(...) for its interpreter.
 
     Inside jax.shard_map (check_vma=True), B and heads may be split; all arguments vary over the same axes.

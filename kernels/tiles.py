@@ -9,12 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.tuned import tuned_tiles
+from tpu import chips
 
 MIB = 2**20
-DEVICES = {  # device kind: (chip, MiB of VMEM)
-    'TPU v4': ('v4', 16), 'TPU v5 lite': ('v5e', 128), 'TPU v5e': ('v5e', 128), 'TPU v5': ('v5p', 64),
-    'TPU v5p': ('v5p', 64), 'TPU v6 lite': ('v6e', 128), 'TPU v6e': ('v6e', 128), 'TPU7x': ('v7x', 64),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +122,13 @@ def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool,
     if tiles is not None:
         return Plan(*sizes, causal, segments, dtype, tiles[backward])
     kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-    if kind not in DEVICES and not interpret:
-        raise ValueError(f'{kind=}: tiles are known for {list(DEVICES)} only; compile under jax.set_mesh of a mesh of '
-                         'these, pass tiles=, or interpret=')
-    chip, vmem = DEVICES['TPU v5e' if interpret else kind]
+    try:
+        chip = chips.find('v5e' if interpret else kind)
+    except ValueError as error:
+        raise ValueError(f'{kind=} of the device is no TPU that tiles are known for ({error}); compile under '
+                         'jax.set_mesh of a mesh of these, pass tiles=, or interpret=') from None
     B, T, H, K, D = sizes
-    wanted = Tiles(**tuned_tiles('flash_backward' if backward else 'flash_forward', chip, T=T, D=D, group=H // K,
+    wanted = Tiles(**tuned_tiles('flash_backward' if backward else 'flash_forward', chip.name, T=T, D=D, group=H // K,
                                  causal=causal, segments=segments))
     if dtype == jnp.float32:  # a product takes six passes, thus six times the code, and twice the memory
         wanted = dataclasses.replace(wanted, heads=1, block=512, strip=256, turn=256)
@@ -139,7 +137,8 @@ def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool,
             smaller = dataclasses.replace(wanted, heads=heads, block=block, strip=min(wanted.strip, block),
                                           turn=min(wanted.turn, block))
             plan = Plan(*sizes, causal, segments, dtype, smaller)
-            if vmem_bytes(plan, backward) <= vmem * MIB:
+            if vmem_bytes(plan, backward) <= chip.vmem_bytes:
                 return plan
     raise ValueError(f'{T=} is too long for {kind}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
-                     f'{vmem_bytes(plan, backward) / MIB:.0f} of {vmem} MiB; split the sequence over devices')
+                     f'{vmem_bytes(plan, backward) / MIB:.0f} of {chip.vmem_bytes // MIB} MiB; '
+                     'split the sequence over devices')

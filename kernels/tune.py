@@ -1,4 +1,4 @@
-"""Find the best tiles of our kernels by their static time, and write kernels/tuned_tiles.json.
+"""Find the best tiles of flash attention by their static time, and write kernels/tuned_tiles.json.
 
     python -m kernels.tune --target=v5e,v6e --shapes=s1,s2,s3,s4 --kernels=flash_forward,flash_backward
 
@@ -17,8 +17,6 @@ import jax
 from absl import app, flags
 
 from kernels import benchmark, shapes, tuned
-from kernels.decode_attention import DecodeTiles
-from kernels.shapes import AttentionShape
 from kernels.tiles import Tiles
 
 TIE = 1.05
@@ -28,7 +26,6 @@ GRIDS = {
                                   turn=(512, 1024))),
     'flash_backward': (Tiles, dict(heads=(1, 2, 3), block=(1024,), strip=(256, 512), diagonal=(128, 256),
                                    turn=(512,))),
-    'decode': (DecodeTiles, dict(block=(128, 256, 512, 1024))),
 }
 
 
@@ -38,7 +35,7 @@ def grid(kernel: str, shape) -> list:
     found = []
     for values in itertools.product(*fields.values()):
         named = dict(zip(fields, values, strict=True))
-        if 'turn' in named and shape.T <= named['block'] and named['turn'] != fields['turn'][0]:
+        if shape.T <= named['block'] and named['turn'] != fields['turn'][0]:
             continue
         try:
             found.append(make(**named))
@@ -50,9 +47,8 @@ def grid(kernel: str, shape) -> list:
 def trial(kernel: str, shape, target: str, tiles) -> dict:
     """The static time of a kernel with these tiles, or why it cannot be had."""
     backward = kernel == 'flash_backward'
-    given = (tiles, tiles) if isinstance(shape, AttentionShape) else tiles
     try:
-        case = benchmark.ours(shape, backward, tiles=given)
+        case = benchmark.ours(shape, backward, tiles=(tiles, tiles))
         row = benchmark.static_row(case, shape, backward, target)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return dict(error=str(error)[:200])
@@ -65,7 +61,7 @@ def search(kernel: str, name: str, target: str, path: pathlib.Path) -> dict:
     Raises:
       ValueError: nothing of the grid compiles.
     """
-    shape = shapes.ATTENTION.get(name) or shapes.DECODE[name]
+    shape = shapes.ATTENTION[name]
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     trials = []
     for tiles in grid(kernel, shape):
@@ -79,10 +75,9 @@ def search(kernel: str, name: str, target: str, path: pathlib.Path) -> dict:
             print(target, name, kernel, row['tiles'], row.get('ms', row.get('error')), flush=True)
         trials.append(row)
     best = choose([row for row in trials if 'error' not in row])
-    attends = isinstance(shape, AttentionShape)
-    return dict(kernel=kernel, chip=target, T=shape.T if attends else shape.S, D=shape.D, group=shape.H // shape.K,
-                causal=shape.causal if attends else True, segments=bool(shape.segments) if attends else False,
-                tiles=best['tiles'], ms=round(best['ms'], 4), bundles=best['bundles'], spills=best['spills'])
+    return dict(kernel=kernel, chip=target, T=shape.T, D=shape.D, group=shape.H // shape.K, causal=shape.causal,
+                segments=bool(shape.segments), tiles=best['tiles'], ms=round(best['ms'], 4), bundles=best['bundles'],
+                spills=best['spills'])
 
 
 def choose(trials: list[dict]) -> dict:
@@ -114,19 +109,18 @@ def main(argv):
         raise ValueError(f'{argv[1:]=}: every argument is a flag, --name=value')
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     flag = flags.FLAGS
-    unknown = (set(flag.kernels) - set(GRIDS)) | (set(flag.shapes) - set(benchmark.SHAPES))
+    unknown = (set(flag.kernels) - set(GRIDS)) | (set(flag.shapes) - set(shapes.ATTENTION))
     if unknown:
-        raise ValueError(f'{sorted(unknown)} is none of {list(GRIDS)=}, {benchmark.SHAPES=}')
+        raise ValueError(f'{sorted(unknown)} is none of {list(GRIDS)=}, {list(shapes.ATTENTION)=}')
     output = pathlib.Path(flag.output)
     output.mkdir(parents=True, exist_ok=True)
     for target, name, kernel in itertools.product(flag.target, flag.shapes, flag.kernels):
-        if (name in shapes.DECODE) == (kernel == 'decode'):
-            merge([search(kernel, name, target, output / 'trials.jsonl')], tuned.PATH)
+        merge([search(kernel, name, target, output / 'trials.jsonl')], tuned.PATH)
 
 
 if __name__ == '__main__':
     flags.DEFINE_list('target', ['v5e', 'v6e'], 'chips to tune for')
-    flags.DEFINE_list('shapes', ['s1', 's2', 's3', 's4', 'd2'], 'names of kernels/shapes.py')
+    flags.DEFINE_list('shapes', ['s1', 's2', 's3', 's4'], 'names of kernels/shapes.py')
     flags.DEFINE_list('kernels', list(GRIDS), 'kernels to tune')
     flags.DEFINE_string('output', 'runs/tune', 'folder of the trials')
     app.run(main)

@@ -1,4 +1,5 @@
 """Eight virtual CPU devices for every test, set before JAX is imported; and where the tests find their evidence."""
+import importlib.util
 import os
 import pathlib
 import sys
@@ -11,8 +12,11 @@ import jax
 import pytest
 
 import flags
+from tpu import compile as tpu_compile
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+if importlib.util.find_spec('libtpu'):
+    tpu_compile.prepare(schedules=True)  # before any test of the session loads libtpu
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 

@@ -132,7 +132,6 @@ def test_the_printed_flags_load_what_was_written(golden, tmp_path, capsys):
     (['--load_checkpoint=x', '--format=hf', '--output=new', '--max_shard_size=5'], 'max_shard_size=.5.'),
     (['--load_checkpoint=x', '--format=hf', '--output=new', '--max_shard_size=0GB'], 'max_shard_size=.0GB.'),
     (['--load_checkpoint=x', '--format=hf', '--output=new'], "'x' does not exist"),
-    (['--load_checkpoint=params::gs://a/b', '--format=hf', '--output=new'], 'gcloud storage cp'),
     (['--load_checkpoint=params::EASYLM', '--format=hf', '--output=new'], 'give them as --load_llama_config'),
     (['--load_checkpoint=params::EASYLM', '--format=hf', '--output=new', '--load_llama_config=debug'],
      'checkpoint of another shape')])

@@ -1,7 +1,6 @@
 """Decode attention in Pallas's TPU interpret mode, whose memory holds NaN until it is written, and as compiled."""
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,6 @@ from kernels import decode_attention as decode
 from kernels import reference, shapes
 from kernels.decode_attention import DecodeTiles
 
-if importlib.util.find_spec('libtpu'):
-    from tpu.compile import prepare
-    prepare(schedules=True)  # before any test of the session loads libtpu
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
 RACES = pltpu.InterpretParams(uninitialized_memory='nan', detect_races=True)
 SMALL = DecodeTiles(block=32, buffers=3, cores=1)

@@ -47,6 +47,15 @@ def test_wrong_flags_are_refused_by_name(argument, says):
         parse(argument)
 
 
+@pytest.mark.parametrize('value', ['gs://bucket/x', 'params::gs://bucket/x'])
+def test_cloud_storage_is_answered_with_the_command_that_copies_it(value):
+    """Whatever flag names it, alone or behind a type; a text that only mentions such an address is none."""
+    table = (Flag('where', '', 'a path'),)
+    with pytest.raises(ValueError, match=r'where=.*gcloud storage cp -r gs://bucket/x'):
+        flags.parse(['program.py', f'--where={value}'], table, '')
+    assert flags.parse(['program.py', f'--where=see {value[-11:]}'], table, '').where
+
+
 @pytest.mark.parametrize('values, says', [
     ("{'a.rat': 1.0}", "'a.rat' is no flag of this program; did you mean 'a.rate'"),
     ("{'a.rate': 1}", 'a.rate=1 must be float'), ("{'on': 'yes'}", "on='yes' must be bool"),

@@ -83,12 +83,6 @@ def test_a_line_can_be_found_again_by_its_place(tmp_path):
         assert list(json_lines(path, line.start, line.index)) == lines[i:]
 
 
-def test_bucket_path_names_the_command_that_copies_it():
-    """gs:// is no local file."""
-    with pytest.raises(ValueError, match='gcloud storage cp gs://bucket/data.jsonl'):
-        read('gs://bucket/data.jsonl')
-
-
 def test_missing_file_names_the_flag(tmp_path):
     """--eval_dataset.json_dataset.path, if that is where it came from."""
     with pytest.raises(ValueError, match='eval_dataset.json_dataset.path='):

@@ -1,5 +1,4 @@
 """Compiling for TPUs on a machine without one, and what is known of the chips."""
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from tpu import compile as tpu_compile
 from tpu.chips import CHIPS
 from tpu.compile import compile_for
 
-if importlib.util.find_spec('libtpu'):
-    tpu_compile.prepare(schedules=True)  # before any test of the session loads libtpu
 
 def test_clocks_follow_from_the_peak_and_the_units():
     """v5e: 197e12 / (4 MXUs * 2 * 128 * 128) = 1.503 GHz; the others likewise, in GHz."""

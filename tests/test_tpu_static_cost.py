@@ -8,13 +8,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from tpu import chips, static_cost
-from tpu.compile import prepare
 from tpu.schedule import parse
 from tpu.static_cost import LATENCY, Transfers
 from tpu.step_cost import step_cost
 
-if importlib.util.find_spec('libtpu'):
-    prepare(schedules=True)  # before any test of the session loads libtpu
 V5E = chips.CHIPS['v5e']
 GRANULES = 1000  # of 32 bytes
 

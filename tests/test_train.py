@@ -294,6 +294,9 @@ def test_easylm_format_writes_what_easylm_and_our_own_flags_read(golden, tmp_pat
     mesh = make_mesh('1,8,1')
     specs = (f'params::{tmp_path}/easylm/streaming_params', str(tmp_path / 'native'))
     jax.tree.map(np.testing.assert_array_equal, *(load.load_params(spec, sizes, mesh) for spec in specs))
+    run(*easylm_flags(golden, tmp_path / 'end'), '--total_steps=2', '--checkpointer.format=easylm',
+        '--save_milestone_freq=2')
+    assert (tmp_path / 'end/streaming_params').is_file()  # the end of a run has its name, milestone or not
     with pytest.raises(ValueError, match='holds a run already .streaming_params.'):
         run(*common, '--total_steps=3', '--checkpointer.format=easylm')
 

@@ -48,4 +48,3 @@ def test_the_grids_hold_tiles_that_differ_for_the_shape():
     """A row of one block has no turns: s3's four blocks are tried with each turn, s1's one block with one."""
     long, short = (tune.grid('flash_forward', shapes.ATTENTION[name]) for name in ('s3', 's1'))
     assert len(long) == len(set(long)) == 2 * len(short) and len({tiles.turn for tiles in short}) == 1
-    assert len(tune.grid('decode', shapes.DECODE['d2'])) > 2

@@ -65,7 +65,7 @@ def train(state: TrainState, batches: Iterator[Batch], jitted_step, mesh: Mesh, 
         tokens, previous = 0, None
         for n in range(start, total):
             batch = next(batches)
-            tokens += int(np.count_nonzero(batch.segments_BT))
+            tokens += batch.tokens_BT.size if batch.segments_BT is None else int(np.count_nonzero(batch.segments_BT))
             position = data_position()
             state, metrics = step(state, put(batch, mesh))
             if previous is not None:

@@ -45,11 +45,29 @@ def init_state(params: llama.Llama, config: LlamaConfig, hyper: optimizer.Hyperp
     """A fresh TrainState around `params` (which it takes over: they are donated)."""
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_partitions(config, accumulate))
 
-    def init(params):
-        mean_gradient = jax.tree.map(jnp.zeros_like, params) if accumulate > 1 else None
-        return TrainState(params, optimizer.init(params, hyper), jnp.zeros((), jnp.int32), mean_gradient)
+    fresh = lambda params: _fresh(params, hyper, accumulate)
+    return jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(params)
 
-    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+
+def _fresh(params: llama.Llama, hyper: optimizer.Hyperparameters, accumulate: int) -> TrainState:
+    mean_gradient = jax.tree.map(jnp.zeros_like, params) if accumulate > 1 else None
+    return TrainState(params, optimizer.init(params, hyper), jnp.zeros((), jnp.int32), mean_gradient)
+
+
+def abstract_state(config: LlamaConfig, hyper: optimizer.Hyperparameters, accumulate: int, mesh: Mesh) -> TrainState:
+    """The TrainState tree of ShapeDtypeStructs on their shardings: to compile for, to restore into."""
+    state = jax.eval_shape(lambda params: _fresh(params, hyper, accumulate), llama.abstract_params(config, mesh))
+    return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+                        state, state_partitions(config, accumulate))
+
+
+def abstract_batch(mesh: Mesh, B: int, T: int, P: int | None = None, segments: bool = False) -> Batch:
+    """A Batch of ShapeDtypeStructs: B rows of T tokens, P loss positions a row (None: every one), segments or none."""
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=NamedSharding(mesh, BATCH))
+    targets = T if P is None else P
+    return Batch(array(jnp.int32, T), array(jnp.int32, T) if segments else None,
+                 None if P is None else array(jnp.int32, P), array(jnp.int32, targets), array(jnp.float32, targets),
+                 array(jnp.float32))
 
 
 def batch_loss(params: llama.Llama, batch: Batch, config: LlamaConfig, compute: Compute):
