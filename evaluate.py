@@ -24,6 +24,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import flags
+from checkpoint import processes
 from checkpoint.load import read_template
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
@@ -31,7 +32,7 @@ from data.tokenizer import load_tokenizer
 from evaluation import accuracy
 from evaluation.client import Server
 from serving.engine import Engine
-from wiring import describe, open_model
+from wiring import describe, failing_together, open_model
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
 
@@ -48,6 +49,7 @@ class Asked(NamedTuple):
     encode: Callable | None
 
 
+@failing_together()
 def main(config) -> None:
     output = output_directory(config)
     template = choose_template(config)
@@ -60,6 +62,8 @@ def main(config) -> None:
              else examples[:config.samples])
     asked = open_server(config) if config.url else open_engine(config, template, examples + shown)
     result = evaluate(asked, examples, shown, template, methods(config), config.max_new_tokens, config.sample_tokens)
+    if processes.index() > 0:
+        return  # every process asks the engine, process 0 says what came of it
     print_result(result, before)
     result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
               'flags': json.loads(config.to_json()),
@@ -164,7 +168,8 @@ def evaluate(asked: Asked, examples: list[Example], shown: list[Example], templa
     results, often = {}, 0.5 if sys.stderr.isatty() else 5.0
     for method in methods:
         start = time.perf_counter()
-        with tqdm(total=len(examples), desc=method, unit='review', mininterval=often) as bar:
+        with tqdm(total=len(examples), desc=method, unit='review', mininterval=often,
+                  disable=processes.index() > 0) as bar:
             try:
                 if method == 'loglikelihood':
                     answers = accuracy.answer_texts(template, asked.encode, examples[0].text)

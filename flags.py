@@ -26,6 +26,8 @@ class Flag(NamedTuple):
     """One flag.  Its type is that of `default` (bool, int, float or str), or `kind` where the default is None (the
     program fills it in); `choices` restricts a str.  `only` says why no value but the default is accepted (EasyLM's
     flags that we do not follow: a command that leaves them alone runs, one that sets them is refused, never ignored).
+    `recipe`: names of train.py's flags whose value in a recipe is meant; a program with such flags takes from a recipe
+    what it knows, and leaves train.py's other flags be.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Flag(NamedTuple):
     choices: tuple[str, ...] | None = None
     kind: type | None = None
     only: str = ''
+    recipe: tuple[str, ...] = ()
 
     @property
     def type(self) -> type:
@@ -172,6 +175,7 @@ def _dataset(name: str) -> tuple[Flag, ...]:
 
 
 REMAT = ('', 'nothing_saveable', 'checkpoint_dots', 'checkpoint_dots_with_no_batch_dims', 'everything_saveable')
+REMAT_VALUES = f'one of {", ".join(REMAT[1:])}, or save:NAME,NAME to save what model/llama.py gives these names'
 NO_DROPOUT = ('there is no dropout: no LLaMA is trained with it, and it would hide in every kernel; use '
               '--optimizer.adamw_optimizer.weight_decay or fewer steps against overfitting')
 NO_FCM = 'forgetful causal masking (EasyLM for pretraining) is not built'
@@ -190,9 +194,9 @@ LLAMA = (  # sizes where neither --load_llama_config nor the checkpoint says the
     Flag('llama.eos_token_id', 1, "the tokenizer's own id is taken"),
     Flag('llama.tie_word_embeddings', False, 'use the embedding as head too'),
     Flag('llama.remat_block', '', 'what the backward pass finds saved of a layer; the rest is computed again; empty: '
-         'all is saved', REMAT),
-    Flag('llama.remat_attention', '', 'the same of attention alone', REMAT),
-    Flag('llama.remat_mlp', '', 'the same of the ffn alone', REMAT),
+         f'all is saved; else {REMAT_VALUES}'),
+    Flag('llama.remat_attention', '', 'the same of attention alone'),
+    Flag('llama.remat_mlp', '', 'the same of the ffn alone'),
     Flag('llama.use_cache', True, 'a cache of keys and values in decoding',
          only='decoding always uses its cache, training never'),
     *(Flag(f'llama.{name}_pdrop', 0.0, 'probability of dropout', only=NO_DROPOUT)
@@ -213,12 +217,13 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _dataset('eval_dataset') + (
     Flag('load_dataset_state', '', 'dataset.json of an earlier run, or its checkpoint: go on in the data where it '
          'stood; replaces all train_dataset flags'),
     Flag('log_freq', 50, 'steps between logged rows'),
-    Flag('log_all_worker', False, 'every process writes its log, not process 0 alone',
-         only='a run has one process so far'),
+    Flag('log_all_worker', False, 'every process writes its log, not process 0 alone'),
     Flag('save_model_freq', 0, 'steps between checkpoints; the final one is always saved'),
     Flag('save_milestone_freq', 0, 'steps between checkpoints that are never deleted'),
     Flag('eval_steps', 0, 'batches of eval_dataset measured at each logged row, the same ones each time'),
     Flag('resume', False, 'continue the run in logger.output_dir (saved with its optimizer state); without one, begin'),
+    Flag('reduce_gradients', '', 'dtype in which gradients are summed between devices; empty: that of --dtype',
+         ('', 'fp32', 'bf16')),
     Flag('optimizer.type', 'adamw', 'the optimizer', ('adamw', 'palm')),
     Flag('optimizer.accumulate_gradient_steps', 1, 'micro-steps whose mean gradient makes one optimizer step'),
     Flag('optimizer.adamw_optimizer.init_lr', 0.0, 'learning rate at step 0 of the warmup'),
@@ -295,6 +300,33 @@ SERVE = MODEL + (
     Flag('lm_server.notes', '', 'text to show on the page at /'),
     Flag('lm_server.queue_size', 32, 'requests that may wait; one more is answered 429'),
     Flag('lm_server.max_body_bytes', 4_000_000, 'largest body of a request'),
+)
+
+
+def _reused(table: tuple[Flag, ...], **defaults) -> tuple[Flag, ...]:
+    """Flags of another program's table, dots of their names written __, with defaults of their own (... keeps it)."""
+    by_name = {flag.name: flag for flag in table}
+    changed = {name.replace('__', '.'): default for name, default in defaults.items()}
+    return tuple(by_name[name] if default is ... else by_name[name]._replace(default=default)
+                 for name, default in changed.items())
+
+
+PLAN = (
+    Flag('topology', '', 'the slice to plan for, by the name that libtpu gives it: v5e:2x4, v5p:8x8x4, v6e:16x16'),
+) + _reused(
+    TRAIN, load_llama_config=..., update_llama_config=..., mesh_dim='', dtype='bf16', attention='pallas',
+    reduce_gradients=..., llama__remat_block=..., llama__remat_attention=..., llama__remat_mlp=..., optimizer__type=...,
+    optimizer__accumulate_gradient_steps=..., optimizer__adamw_optimizer__multiply_by_parameter_scale=...,
+    optimizer__adamw_optimizer__bf16_momentum=..., optimizer__palm_optimizer__bf16_momentum=...,
+) + (
+    Flag('batch_size', 8, 'rows in a batch, over all devices',
+         recipe=('train_dataset.json_dataset.batch_size', 'train_dataset.huggingface_dataset.batch_size')),
+    Flag('seq_length', 1024, 'tokens in a row; with --serve of prompt and answer',
+         recipe=('train_dataset.json_dataset.seq_length', 'train_dataset.huggingface_dataset.seq_length')),
+    Flag('segments', False, 'rows have segments, as with batching=rows'),
+    Flag('serve', False, "plan serve.py's decoding, a token for each of batch_size rows, instead of a training step"),
+    Flag('largest_batch', False, 'find the largest batch_size that fits each mesh, instead of planning the one given'),
+    Flag('output', '', 'JSON file to write; rows that it holds already of the same question are not compiled again'),
 )
 
 
@@ -429,7 +461,12 @@ def _apply_recipe(values: absl_flags.FlagValues, table, path: str) -> None:
     if not hasattr(module, 'get_config'):
         raise ValueError(f'config={path!r} defines no get_config()')
     types = {flag.name: flag.type for flag in table}
+    means = {name: flag.name for flag in table for name in flag.recipe}
+    elsewhere = {flag.name for flag in TRAIN} if means else set()
     for name, default in module.get_config().items():
+        name = means.get(name, name)
+        if name in elsewhere - set(types):
+            continue
         if name not in types:
             close = difflib.get_close_matches(name, types, n=1)
             raise ValueError(f'{path}: {name!r} is no flag of this program' +
@@ -443,8 +480,8 @@ def reference() -> str:
     """docs/FLAGS.md: the flags of all programs as Markdown tables."""
     lines = ['# Flags', '', 'Written by `python flags.py > docs/FLAGS.md`. Every program understands '
              '`--config=FILE.py` and `--show_traceback` too.', '']
-    tables = {'train.py': TRAIN, 'serve.py': SERVE, 'evaluate.py': EVALUATE, 'prepare_data.py': PREPARE,
-              'convert.py': CONVERT, 'assets.py': ASSETS}
+    tables = {'train.py': TRAIN, 'plan.py': PLAN, 'serve.py': SERVE, 'evaluate.py': EVALUATE,
+              'prepare_data.py': PREPARE, 'convert.py': CONVERT, 'assets.py': ASSETS}
     for program, table in tables.items():
         lines += [f'## {program}', '| flag | default | meaning |', '|---|---|---|']
         for flag in table:

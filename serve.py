@@ -6,6 +6,9 @@
 
 Ctrl-C or SIGTERM finishes the requests that are running or waiting and ends with exit code 0; exit code 1 says that the
 engine failed, 2 that flags or files are wrong.
+
+Several processes (hosts) serve one model together with --jax_distributed.initialize_jax_distributed=True and otherwise
+the same flags: process 0 has the port, the log and the signals, the others follow it (serving/followers.py).
 """
 import dataclasses
 import errno
@@ -20,18 +23,24 @@ import jax
 import uvicorn
 
 import flags
+from checkpoint import processes
 from checkpoint.load import read_tokenizer
 from data.prompt import PromptTemplate
 from serving.api import MAX_TEMPERATURE, Options, make_app
 from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
+from serving.followers import Line, follow
 from serving.thread import EngineThread
-from wiring import Model, describe, open_model
+from wiring import Model, describe, failing_together, open_model, start_processes
 
 
+@failing_together()
 def main(config) -> None:
     warm_up = programs_of(config.lm_server.pre_compile)
     options = options_of(config.lm_server)
     check_sampling(config.top_k, config.top_p, config.do_sample, config.num_beams)
+    start_processes(config)
+    if processes.index() > 0:
+        return follow(load_engine(config, open_model(config)), warm_up, Line())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
@@ -44,7 +53,7 @@ def main(config) -> None:
         model = open_model(config)
         engine = load_engine(config, model)
         started = time.monotonic()
-        thread = EngineThread(engine, config.lm_server.queue_size, warm_up)
+        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, Line() if processes.count() > 1 else None)
         server = uvicorn.Server(uvicorn.Config(make_app(thread, options), log_level='warning', access_log=False,
                                                http='h11', lifespan='off', server_header=False, limit_concurrency=512))
 
@@ -144,6 +153,8 @@ def load_engine(config, model: Model) -> Engine:
     if own is not None and own.fingerprint != model.tokenizer.fingerprint:
         raise ValueError(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
                          'with and holds: leave --tokenizer.vocab_file away')
+    processes.refuse_difference('the tokenizer and the model', f'{model.tokenizer.fingerprint} {model.config}',
+                                'give all processes the same files (--load_checkpoint, --tokenizer.vocab_file)')
     check_lengths(config.input_length, config.seq_length, model.config)
     check_batch_size(config.lm_server.batch_size, model.mesh)
     print(f'{describe(model)}\n{model.config}', flush=True)

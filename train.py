@@ -1,7 +1,8 @@
 """Trains (fine-tunes) a LLaMA on text records: python train.py --config=configs/quickstart.py
 
 Reads --load_checkpoint and --train_dataset, writes DIR/metrics.jsonl and DIR/step_N (checkpoints that serve.py,
-evaluate.py and train.py load), or what EasyLM reads, where DIR is --logger.output_dir.
+evaluate.py and train.py load), or what EasyLM reads, where DIR is --logger.output_dir.  Several processes (hosts) train
+together with --jax_distributed.initialize_jax_distributed=True; DIR must lie on a file system that all of them share.
 """
 import json
 import pathlib
@@ -9,12 +10,11 @@ import random
 import time
 
 import jax
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 import flags
 import wiring
-from checkpoint import load, native
+from checkpoint import load, native, processes
 from checkpoint.writing import appears_whole
 from data.batches import PackedStream, Rows, read_dataset_state
 from data.huggingface import HuggingfaceReader
@@ -22,18 +22,24 @@ from data.prompt import PromptTemplate
 from data.records import RecordReader
 from data.text_processor import TextProcessor
 from model.config import LlamaConfig, config_to_dict, named_config, updated
-from model.llama import abstract_params
+from model.llama import remat_policy
 from training import loop, step
 from training.metrics import MetricsWriter
 from training.optimizer import AdamW, Hyperparameters, OptimizerState, Palm
+from training.plan import Setting
 
 
+@wiring.failing_together()
 def main(config) -> None:
     began = time.perf_counter()
+    wiring.start_processes(config)
     output_dir = run_directory(config.logger)
+    native.check_shared(output_dir)
     resume_step = find_resume_step(config, output_dir)
+    processes.refuse_difference('the newest step', str(resume_step), f'{output_dir} must lie on a file system that '
+                                'all processes share')
     sizes, remat = model_flags(config)
-    model = wiring.open_model(config, sizes, **remat)
+    model = wiring.open_model(config, sizes, reduce_gradients=config.reduce_gradients, **remat)
     print(wiring.describe(model), flush=True)
     dataset, position = dataset_flags(config)
     batches = open_batches(dataset, 'train_dataset', model, config.seed)
@@ -60,8 +66,10 @@ def main(config) -> None:
     print(f'loaded in {time.perf_counter() - began:.1f} s', flush=True)
 
     output_dir.mkdir(parents=True, exist_ok=True)
+    logs = processes.index() == 0 or config.log_all_worker
     writer = MetricsWriter(output_dir, resume_step=start_step, tensorboard=config.logger.tensorboard,
-                           wandb=wandb_options(config, output_dir) if config.logger.online else None)
+                           wandb=wandb_options(config, output_dir) if config.logger.online and logs else None,
+                           process=processes.index(), enabled=logs)
 
     def save(state: step.TrainState, done: int) -> None:
         if done == start_step:
@@ -73,9 +81,9 @@ def main(config) -> None:
 
     schedule = loop.Schedule(start_step, total_steps, config.log_freq,
                              (config.save_model_freq, config.save_milestone_freq))
-    jitted = step.make_train_step(model.config, model.compute, hyper, accumulate, model.mesh)
-    state = loop.train(state, batches, jitted, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
-                       save=save, evaluate=evaluation(config, model))
+    setting = Setting(model.config, model.compute, hyper, accumulate, model.mesh)
+    state = loop.train(state, batches, setting, schedule, writer, data_position=lambda: batches.metrics, save=save,
+                       evaluate=evaluation(config, model), wait_for_all=wait_for_all)
     save(state, total_steps)
     writer.close()
     print(f'wrote {writer.path}; trained in {time.perf_counter() - began:.1f} s\n'
@@ -110,8 +118,8 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
             raise ValueError(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
     for name in sorted(set(update) & set(remat)):
         remat[name] = update.pop(name)
-        if remat[name] not in flags.REMAT:
-            raise ValueError(f'update_llama_config: {name}={remat[name]!r} must be one of {flags.REMAT}')
+    for policy in filter(None, remat.values()):
+        remat_policy(policy)  # raises for one that is not known
     return updated(stated, update, source='update_llama_config'), remat
 
 
@@ -133,7 +141,10 @@ def wandb_options(config, output_dir: pathlib.Path) -> dict:
     """The arguments of wandb.init.  Flags keep their dotted names, so none hides another of the same last part."""
     logger = config.logger
     project = f'{logger.prefix}--{logger.project}' if logger.prefix and not logger.prefix_to_id else logger.project
-    options = dict(project=project, id=experiment_name(logger), entity=logger.entity, notes=logger.notes,
+    name = experiment_name(logger)
+    if name and processes.index():
+        name += f'-{processes.index()}'
+    options = dict(project=project, id=name, entity=logger.entity, notes=logger.notes,
                    anonymous=logger.anonymous, dir=logger.wandb_dir or str(output_dir), config=config.to_dict())
     pathlib.Path(options['dir']).mkdir(parents=True, exist_ok=True)
     time.sleep(random.uniform(0, logger.random_delay))
@@ -238,13 +249,21 @@ def evaluation(config, model: wiring.Model):
         return None
     stream = open_batches(config.eval_dataset, 'eval_dataset', model, config.seed)
     held_out = [loop.put(next(stream), model.mesh) for _ in range(config.eval_steps)]
-    eval_step = step.make_eval_step(model.config, model.compute, model.mesh)
+    eval_step, programs = step.make_eval_step(model.config, model.compute, model.mesh), {}
 
     def evaluate(state: step.TrainState) -> dict:
-        rows = [eval_step(state.params, batch) for batch in held_out]
+        for batch in held_out:
+            if (shape := batch.tokens_BT.shape) not in programs:
+                programs[shape] = eval_step.lower(state.params, batch).compile()
+                wait_for_all()
+        rows = [programs[batch.tokens_BT.shape](state.params, batch) for batch in held_out]
         return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
 
     return evaluate
+
+
+def wait_for_all() -> None:
+    processes.exchange('')
 
 
 # ---------------------------------------------------------------- state <-> checkpoint
@@ -290,11 +309,7 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
     fresh = lambda params: step.init_state(params, model.config, hyper, accumulate, model.mesh)
     if not resume_step and not resumes_easylm(config):
         return fresh(model.load_params(config.load_checkpoint, config.seed))
-    weights = abstract_params(model.config, model.mesh)
-    shardings = jax.tree.map(lambda partition: NamedSharding(model.mesh, partition),
-                             step.state_partitions(model.config, accumulate))
-    like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        jax.eval_shape(fresh, weights), shardings)
+    like = step.abstract_state(model.config, hyper, accumulate, model.mesh)
     targets = load.by_name(like.params, model.config, 'params') | state_by_name(like, model.config)
     if resume_step:
         arrays = native.restore(output_dir, resume_step, targets)
@@ -304,8 +319,8 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
     if (begun := int(arrays['optimizer.micro_step'])) >= accumulate:
         raise ValueError(f'the state stands {begun} micro-steps after its last update, more than '
                          f'optimizer.accumulate_gradient_steps={accumulate} ever is: set the flag as it was')
-    tree = lambda name: jax.tree.unflatten(jax.tree.structure(weights),
-                                           [arrays[key] for key in load.by_name(weights, model.config, name)])
+    tree = lambda name: jax.tree.unflatten(jax.tree.structure(like.params),
+                                           [arrays[key] for key in load.by_name(like.params, model.config, name)])
     return step.TrainState(
         tree('params'), OptimizerState(arrays['optimizer.count'], tree('momentum'), tree('second_moment')),
         arrays['optimizer.micro_step'], tree('mean_gradient') if accumulate > 1 else None)
@@ -323,6 +338,9 @@ def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathl
         return lambda arrays, done, position: native.save(
             output_dir, done, arrays, meta | dict(data=position, flags=flag_values), files,
             keep=config.checkpointer.keep, keep_every=config.save_milestone_freq)
+    if processes.count() > 1:
+        raise ValueError('checkpointer.format=easylm is written by one process, and this run has '
+                         f'{processes.count()}: leave it native, and afterwards python convert.py --format=easylm')
     try:
         from checkpoint import easylm_writer
     except ModuleNotFoundError as error:

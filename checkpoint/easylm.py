@@ -12,9 +12,10 @@ and flax writes an array as msgpack ext type 1 = [shape, dtype name, raw bytes i
                       the same file, of which only the weights are wanted
   flax_params         no stream: one msgpack value, a nested dict, read as a whole
 
-A streaming file is indexed once by seeking over the values; then one tensor at a time is read.  Linear layers are
-[in, out] as ours, lm_head is [M, V] where ours is [V, M], q and k are in interleaved rotary order.  The file states no
-configuration.  (The pickles that EasyLM writes beside it, metadata.pkl and dataset.pkl, are never opened.)
+A streaming file is indexed once by seeking over the values; then a tensor, or a part of one, is read at a time; one in
+chunks is read whole.  Linear layers are [in, out] as ours, lm_head is [M, V] where ours is [V, M], q and k are in
+interleaved rotary order.  The file states no configuration.  (The pickles that EasyLM writes beside it, metadata.pkl
+and dataset.pkl, are never opened.)
 """
 import copy
 import io
@@ -27,7 +28,7 @@ import msgpack
 import numpy as np
 
 from checkpoint.huggingface import refuse_placeholder
-from checkpoint.rotary_order import half_split_from_interleaved
+from checkpoint.reading import Bounds, half_split_part, read_part, slices, transposed
 
 # our name -> their key; {} is the layer
 NAMES = {
@@ -53,6 +54,14 @@ class Entry(NamedTuple):
 
     offset: int
     length: int
+
+
+class Header(NamedTuple):
+    """An array in a file: its data begin at byte `offset`."""
+
+    shape: tuple[int, ...]
+    dtype: type
+    offset: int
 
 
 class Reader:
@@ -106,23 +115,28 @@ class Reader:
             shape = self._arrays[source].shape
         return shape[::-1] if name == 'head' else shape
 
-    def array(self, key: str) -> np.ndarray:
-        """What lies under a key of the file (joined with '/'), as stored."""
+    def array(self, key: str, bounds: Bounds = None) -> np.ndarray:
+        """What lies under a key of the file (joined with '/'), as stored, or the part of it within `bounds`."""
         if key not in self.keys:
             raise ValueError(f'{self.path}: no tensor {key!r}')
-        return _read_array(self.path, self._entries[key]) if self._entries else self._arrays[key]
+        if self._entries:
+            return _read_array(self.path, self._entries[key], bounds)
+        return self._arrays[key][slices(bounds)]
 
-    def tensor(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor, float32, in our layout and rotary order."""
-        array = self.array(self._root + self.source(name, layer))
-        if array.dtype == np.int32:
-            raise ValueError(f'{self.path}: {self.source(name, layer)!r} holds whole numbers where weights must stand')
-        array = array.astype(np.float32, copy=False)
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        """One tensor, or the part of it within `bounds`, float32, in our layout and rotary order."""
+        def read(bounds: Bounds) -> np.ndarray:
+            array = self.array(self._root + self.source(name, layer), bounds)
+            if array.dtype == np.int32:
+                raise ValueError(f'{self.path}: {self.source(name, layer)!r} holds whole numbers where weights must '
+                                 'stand')
+            return array.astype(np.float32, copy=False)
+
         if name == 'head':
-            return array.T
+            return read(transposed(bounds)).T
         if name in ('layers.w_q', 'layers.w_k'):
-            return half_split_from_interleaved(array, self._head_dim)
-        return array
+            return half_split_part(read, bounds, self._head_dim)
+        return read(bounds)
 
 
 def index(path: Path) -> dict[str, Entry]:
@@ -167,20 +181,19 @@ def _read(path: Path, entry: Entry, most: int | None = None) -> bytes:
 def _read_shape(path: Path, entry: Entry) -> tuple[int, ...]:
     """The shape of a value; of an ordinary array from its first bytes, of a chunked one by reading it."""
     header = _read_header(path, entry)
-    return header[0] if header else _read_array(path, entry).shape
+    return header.shape if header else _read_array(path, entry).shape
 
 
-def _read_array(path: Path, entry: Entry) -> np.ndarray:
-    """The array of a value: an ordinary one straight from the file, so that it is in memory once; else unpacked."""
+def _read_array(path: Path, entry: Entry, bounds: Bounds = None) -> np.ndarray:
+    """The array of a value: the part that is wanted straight from the file; one in chunks is unpacked as a whole."""
     header = _read_header(path, entry)
     if header is None:
-        return _array(path, _unpack(path, _read(path, entry)))
-    shape, dtype, offset = header
-    return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+        return _array(path, _unpack(path, _read(path, entry)))[slices(bounds)]
+    return read_part(path, header.dtype, header.shape, header.offset, bounds)
 
 
-def _read_header(path: Path, entry: Entry) -> tuple[tuple[int, ...], type, int] | None:
-    """(shape, dtype, offset of its data in the file) of an ordinary array; None for a value of another kind."""
+def _read_header(path: Path, entry: Entry) -> Header | None:
+    """That of an ordinary array; None for a value of another kind."""
     head = _read(path, entry, most=128)
     start = {0xc7: 3, 0xc8: 4, 0xc9: 6}.get(head[0], 2 if 0xd4 <= head[0] <= 0xd8 else None) if head else None
     if start is None:
@@ -199,7 +212,7 @@ def _read_header(path: Path, entry: Entry) -> tuple[tuple[int, ...], type, int] 
             raise ValueError(f'{length} bytes are no {np.dtype(dtype).name}{list(shape)}')
     except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
         raise ValueError(f'{path} at byte {entry.offset}: no array as flax writes it ({error})') from None
-    return shape, dtype, entry.offset + data.tell()
+    return Header(shape, dtype, entry.offset + data.tell())
 
 
 def _dtype(name) -> type:

@@ -8,7 +8,7 @@ Format facts (the GGUF specification of ggml, and llama.cpp's convert_hf_to_gguf
   - llama.cpp writes q and k in interleaved rotary order: a Hugging Face row (head, half j, i) becomes row (head, i, j);
   - no output.weight means that the embedding is the head too;
   - Llama 3.1's frequency scaling is stored only as its result, the tensor rope_freqs.weight: refused here.
-Weights are dequantised when asked for, one tensor at a time.
+Weights are dequantised when asked for, one tensor, or part of one, at a time.
 """
 import json
 import math
@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
 from gguf.quants import dequantize
 
 from checkpoint.huggingface import refuse_placeholder
-from checkpoint.rotary_order import half_split_from_interleaved
+from checkpoint.reading import Bounds, half_split_part, read_part, transposed
 from model.config import LlamaConfig
 
 # our name -> their name; {} is the layer
@@ -40,6 +40,7 @@ NAMES = {
     'head': 'output.weight',
 }
 TRANSPOSED = tuple(name for name in NAMES if name.startswith('layers.w_'))
+ROTARY = ('layers.w_q', 'layers.w_k')
 
 
 class Reader:
@@ -69,24 +70,30 @@ class Reader:
             return None
         return tensor.shape[::-1] if name in TRANSPOSED else tensor.shape
 
-    def tensor(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor, dequantised to float32, in our layout and rotary order."""
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        """One tensor, or the part of it within `bounds`, dequantised to float32, in our layout and rotary order."""
         source = self.source(name, layer)
         if source not in self._tensors:
             raise ValueError(f'{self.path}: no tensor {source!r}')
+        if name not in TRANSPOSED:
+            return self._read(source, bounds)
+        read = lambda bounds: self._read(source, transposed(bounds)).T
+        return half_split_part(read, bounds, self.config.head_dim) if name in ROTARY else read(bounds)
+
+    def _read(self, source: str, bounds: Bounds) -> np.ndarray:
+        """A part of a tensor as the file lays it out; of a row, whole quantised blocks are read."""
         tensor = self._tensors[source]
-        stored = np.fromfile(self.path, np.uint8, math.prod(tensor.byte_shape),
-                             offset=self._data_start + tensor.offset).reshape(tensor.byte_shape)
+        block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+        *rows, (first, last) = bounds or [(0, size) for size in tensor.shape]
+        start, stop = first // block, -(-last // block)
+        stored = read_part(self.path, np.uint8, tensor.byte_shape, self._data_start + tensor.offset,
+                           (*rows, (start * block_bytes, stop * block_bytes)))
         try:
             array = dequantize(stored, tensor.kind).astype(np.float32, copy=False)
         except NotImplementedError:
             raise ValueError(f'{self.path}: {source!r} has type {tensor.kind.name}, which the gguf package cannot '
                              'dequantise: take a file of another quantisation, such as Q8_0') from None
-        if name in TRANSPOSED:
-            array = array.T
-        if name in ('layers.w_q', 'layers.w_k'):
-            array = half_split_from_interleaved(array, self.config.head_dim)
-        return array
+        return array[..., first - start * block:last - start * block]
 
     def _get(self, key: str, kind: type, default=None):
         """A metadata value, checked for its type; without a default its absence is an error."""

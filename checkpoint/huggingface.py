@@ -6,7 +6,7 @@ Format facts (transformers' LlamaConfig and modeling_llama; the safetensors form
   - config.json of transformers 5 has `rope_parameters`, that of transformers 4 has `rope_theta` and `rope_scaling`;
   - a large model is cut into shards, and model.safetensors.index.json says which tensor lies in which file.
 Everything that would change the mathematics and is not implemented is refused by name.  The safetensors library checks
-a file; its data are then read, not mapped, so that memory holds one tensor and not all pages that were ever touched.
+a file; its data are then read by ourselves (reading.py), so that memory holds what is asked for and nothing beside it.
 """
 import json
 import math
@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from checkpoint.reading import Bounds, read_part, transposed
 from model.config import LlamaConfig, RopeScaling
 
 # our name -> (their name, transposed); {} is the layer
@@ -38,7 +39,7 @@ DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 
 
 class Reader:
-    """A directory opened for reading; tensors are read from disk when asked for, one at a time.
+    """A directory opened for reading; tensors, or parts of them, are read from disk when asked for.
 
     config: LlamaConfig.  notes: what the caller may want to log (for example several eos ids).
     names: all tensors of the directory, by the file's names.
@@ -81,15 +82,18 @@ class Reader:
 
     def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
         """The shape `tensor` would return, from the header alone; None if the directory has no such tensor."""
-        source, transposed = self.source(name, layer), NAMES[name][1]
+        source = self.source(name, layer)
         if source not in self._shard_of:
             return None
         shape = tuple(self._shards[self._shard_of[source]].get_slice(source).get_shape())
-        return shape[::-1] if transposed else shape
+        return shape[::-1] if NAMES[name][1] else shape
 
-    def tensor(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor, float32, in our layout.  Raises ValueError naming a missing tensor or an unsupported dtype."""
-        source, transposed = self.source(name, layer), NAMES[name][1]
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        """One tensor, or the part of it within `bounds`, float32, in our layout.
+
+        Raises ValueError naming a missing tensor or an unsupported dtype.
+        """
+        source, is_transposed = self.source(name, layer), NAMES[name][1]
         if source not in self._shard_of:
             raise ValueError(f'{self.path}: no tensor {source!r}')
         stated = self._shards[self._shard_of[source]].get_slice(source)
@@ -97,9 +101,9 @@ class Reader:
         if dtype not in DTYPES:
             raise ValueError(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
                              f'supported: {" ".join(DTYPES)} (quantised models are read from gguf:: files)')
-        array = np.fromfile(self.path / self._shard_of[source], DTYPES[dtype], math.prod(shape),
-                            offset=self._offset_of[source]).reshape(shape).astype(np.float32, copy=False)
-        return array.T if transposed else array
+        array = read_part(self.path / self._shard_of[source], DTYPES[dtype], tuple(shape), self._offset_of[source],
+                          transposed(bounds) if is_transposed else bounds).astype(np.float32, copy=False)
+        return array.T if is_transposed else array
 
 
 def refuse_placeholder(path: Path) -> None:

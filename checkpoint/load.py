@@ -6,12 +6,15 @@
   params:: trainstate_params:: flax_params::     EasyLM files (easylm.py); these need --load_llama_config
   trainstate::       the same, and train.py goes on from its step and optimizer state (easylm_train_state.py)
 
-A reader has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer): one tensor of one
-layer.  All shapes are compared before anything is allocated; then weight by weight the parts that this process's
-devices hold are filled layer by layer and put on the devices: the host never holds more than one stacked weight besides
-the result.  Pickle files are never opened, those beside a checkpoint (EasyLM's metadata.pkl) neither.
+A reader has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer, bounds): one tensor
+of one layer, or the part of it within `bounds`, (start, stop) per dimension.  All shapes are compared before anything
+is allocated; then the slices that this process's devices hold are read one after the other, and each is put on its
+devices at once (shards.py).  So a host needs `host_bytes` beside the result, four slices of one tensor; flax_params::
+alone is no stream and read whole.  Pickle files are never opened, those beside a checkpoint (EasyLM's metadata.pkl)
+neither.
 """
 import difflib
+import functools
 import importlib
 import json
 import logging
@@ -21,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoint import native
+from checkpoint import native, shards
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes, tokenizer_from_json
 from model.config import LlamaConfig, config_from_dict, config_to_dict
@@ -140,6 +143,15 @@ def load_params(spec: str, config: LlamaConfig, mesh: Mesh) -> Llama:
     return jax.tree.unflatten(jax.tree.structure(targets), leaves)
 
 
+def host_bytes(config: LlamaConfig, mesh: Mesh) -> int:
+    """The most that each process needs on its host, beside its devices' memory, to load the weights or a train state.
+
+    `mesh` may be one of a described topology.  The rule: shards.SLICES times the largest thing that is read at a time.
+    """
+    return shards.SLICES * max(shards.slice_bytes(target, weight.stacked) for weight, target in
+                               zip(specs_of(config), jax.tree.leaves(abstract_params(config, mesh)), strict=True))
+
+
 def load_train_state(spec: str, config: LlamaConfig, targets: dict[str, jax.ShapeDtypeStruct],
                      parameter_scale: bool) -> dict[str, jax.Array]:
     """The arrays named in `targets` of an EasyLM train state (trainstate::), as native.restore gives those of ours.
@@ -204,18 +216,10 @@ def _refuse_misfit(spec: str, wrong: list[str]) -> None:
 
 
 def _assemble(reader, weight: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """One weight, each of its tensors read once and copied into the parts that need it."""
-    parts = {bounds: np.empty([stop - start for start, stop in bounds], target.dtype)
-             for bounds in native.shard_indices(target.shape, target.sharding)}
-    for layer in range(weight.shape[0]) if weight.stacked else [None]:
-        tensor = reader.tensor(weight.name, layer)
-        for bounds, part in parts.items():
-            inner = tuple(slice(*bound) for bound in (bounds if layer is None else bounds[1:]))
-            if layer is None:
-                part[...] = tensor[inner]
-            elif bounds[0][0] <= layer < bounds[0][1]:
-                part[layer - bounds[0][0]] = tensor[inner]
-    return native.from_parts(target, parts)
+    """One weight, no slice of its tensors read twice."""
+    if weight.stacked:
+        return shards.fill_stack(target, functools.partial(reader.tensor, weight.name))
+    return shards.fill(target, functools.partial(reader.tensor, weight.name, None))
 
 
 # ---------------------------------------------------------------- specs

@@ -7,10 +7,16 @@
 Written to DIR/step_00000123.tmp-RANDOM, every file and directory synced, then renamed, then DIR synced: after a kill at
 any byte there is either no step_00000123 or all of it.  Older steps are deleted after that, each renamed to a tmp name
 first.  The newest checkpoint is found by looking: the highest step whose manifest is sound and whose files have their
-sizes; nothing points to it.  Whatever is restored is first compared with its sha256.  One process at a time writes,
-and holds all shards.  Arrays are known by name here; what they mean is the caller's matter.
+sizes; nothing points to it.  Whatever is restored is first compared with its sha256.  One run at a time writes.  Arrays
+are known by name here; what they mean is the caller's matter.
+
+A run of several processes (processes.py) writes one step together, on a file system that all of them see: process 0
+makes the temporary directory and the stores; each process writes, syncs and hashes the shards it holds (of replicas,
+the first); process 0 checks that it sees every file, writes the manifest, renames and deletes.  Each process compares
+the files it reads from with their sha256, not those of the others.
 """
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from checkpoint import processes, shards
 from checkpoint.writing import sync
 
 MANIFEST = 'manifest.json'
@@ -46,7 +53,6 @@ class Streamed(NamedTuple):
     dtype: np.dtype
     rows: int
     slices: Iterator[np.ndarray]
-    is_fully_addressable = True
 
     @property
     def nbytes(self) -> int:
@@ -59,11 +65,13 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
 
     Milestones, the steps that keep_every divides, are neither deleted nor counted (0: there are none).
 
-    arrays: name -> array of any shape, float32, bfloat16, integer or bool; any sharding of this process's devices; or
-    Streamed.
+    arrays: name -> array of any shape, float32, bfloat16, integer or bool; any sharding of the run's devices; or
+    Streamed (by one process only).
     meta: JSON-ready.  files: plain file name -> content.  Blocks until all of it is on disk.
     Raises ValueError, leaving everything as it was, for an array with NaN or infinity, a step that is there already, or
     names that are no plain names; OSError when the disk is full or refuses, the checkpoints before it staying as well.
+    With several processes all call it, with the same arguments; what fails on one raises on all, at the latest after
+    processes.PATIENCE_SECONDS.
     """
     if keep < 1:
         raise ValueError(f'{keep=} must be at least 1')
@@ -72,13 +80,35 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
             raise ValueError(f'checkpoint entry {name!r} must be a plain name of letters, digits and . _ -')
     if {MANIFEST, 'arrays'} & set(files):
         raise ValueError(f'checkpoint files may not be named {MANIFEST} or arrays')
-    root, final = Path(directory), step_directory(directory, step)
-    _refuse_existing(final, step)
     for name, array in arrays.items():
         if array.dtype.name not in DTYPES:
             raise ValueError(f'array {name!r} has dtype {array.dtype.name}; supported: {" ".join(DTYPES)}')
-        if not array.is_fully_addressable:
-            raise ValueError(f'array {name!r} has shards on other hosts: checkpoints are written by one process')
+    root, final = Path(directory), step_directory(directory, step)
+    suffix, *_ = processes.exchange(secrets.token_hex(4))
+    temporary = root / f'{final.name}.tmp-{suffix}'
+    leads = processes.index() == 0
+
+    def undo():
+        if leads:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    try:
+        processes.agree(lambda: _begin(temporary, final, step, arrays, files) if leads else None, undo)
+        parts = processes.agree(lambda: _write_shards(temporary, arrays, files), undo)
+        sealed = {name: entry for part in parts for name, entry in part.items()}
+        assert len(sealed) == sum(len(part) for part in parts), 'two processes wrote the same file: see _chunk_shape'
+        processes.agree(lambda: _commit(temporary, final, step, arrays, meta, sealed) if leads else None, undo)
+    except BaseException:
+        undo()
+        raise
+    processes.agree(lambda: _delete_older(directory, step, keep, keep_every) if leads else None)
+    return final
+
+
+def _begin(temporary: Path, final: Path, step: int, arrays, files: dict[str, bytes]) -> None:
+    """Process 0: the temporary directory with the caller's files and an empty store for every array."""
+    root = temporary.parent
+    _refuse_existing(final, step)
     root.mkdir(parents=True, exist_ok=True)
     sync(root.parent)
     for leftover in sorted(root.glob('step_*.tmp-*')):
@@ -87,22 +117,16 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
     needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(root).free
     if needed > free:
         raise OSError(f'{root} has {free} bytes free, the checkpoint of step {step} needs {needed}: not saved')
-    temporary = root / f'{final.name}.tmp-{secrets.token_hex(4)}'
-    try:
-        _write(temporary, step, arrays, meta, files)
-        if final.exists():  # incomplete or corrupt, as _refuse_existing found: nothing is lost
-            os.rename(final, root / f'{final.name}.tmp-{secrets.token_hex(4)}')
-        os.rename(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(root)
-    older = [other for other in steps(directory) if other < step and not (keep_every and other % keep_every == 0)]
-    for old in older[:max(0, len(older) - (keep - 1))]:
-        doomed = root / f'{step_directory(directory, old).name}.tmp-{secrets.token_hex(4)}'
-        os.rename(step_directory(directory, old), doomed)
-        shutil.rmtree(doomed)
-    return final
+    (temporary / 'arrays').mkdir(parents=True)
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+    for name, array in arrays.items():
+        codec = dict(name='bytes', configuration=dict(endian='little')) if array.dtype.itemsize > 1 else \
+            dict(name='bytes')
+        ts.open(_store_spec(temporary / 'arrays' / name) | dict(
+            metadata=dict(shape=list(array.shape), data_type=array.dtype.name, codecs=[codec],
+                          chunk_grid=dict(name='regular', configuration=dict(chunk_shape=_chunk_shape(array))))),
+            create=True).result()
 
 
 def _refuse_existing(final: Path, step: int) -> None:
@@ -116,43 +140,63 @@ def _refuse_existing(final: Path, step: int) -> None:
         raise ValueError(f'{final} exists already: step {step} is not saved over it; choose another directory')
 
 
-def _write(path: Path, step: int, arrays, meta: dict, files: dict[str, bytes]) -> None:
-    (path / 'arrays').mkdir(parents=True)
-    for name, content in files.items():
-        (path / name).write_bytes(content)
-    described = {}
+def _write_shards(temporary: Path, arrays, files: dict[str, bytes]) -> dict[str, dict]:
+    """Every process: its shards, each part of an array written once by one of the devices that hold it.
+
+    Returns {file: size and sha256} of the files written, and on process 0 of those of `_begin` too.
+    """
+    written = set()
+    if processes.index() == 0:
+        written = {temporary / name for name in files} | {temporary / 'arrays' / name / 'zarr.json' for name in arrays}
+    elif not temporary.is_dir():
+        raise ValueError(f'{temporary}, which process 0 made, is not seen by process {processes.index()}: checkpoints '
+                         'must lie on a file system that all processes share')
     for name, array in arrays.items():
-        described[name] = dict(shape=list(array.shape), dtype=array.dtype.name)
-        _write_array(path / 'arrays' / name, array)
+        path = temporary / 'arrays' / name
+        store = ts.open(_store_spec(path) | dict(store_data_equal_to_fill_value=True), open=True).result()
+        if isinstance(array, Streamed):
+            for i, rows in enumerate(array.slices):
+                written |= _write_parts(path, store, [((slice(i * array.rows, (i + 1) * array.rows),), rows)])
+        else:
+            written |= _write_parts(path, store, [(shard.index, np.asarray(shard.data)) for shard in
+                                                  array.addressable_shards if shard.replica_id == 0])
     sealed = {}
-    for file in sorted(file for file in path.rglob('*') if file.is_file()):
-        sealed[file.relative_to(path).as_posix()] = dict(size=file.stat().st_size, sha256=_sha256(file))
+    for file in sorted(written):
+        sealed[file.relative_to(temporary).as_posix()] = dict(size=file.stat().st_size, sha256=_sha256(file))
         sync(file)
-    content = dict(step=step, meta=meta, arrays=described, files=sealed)
-    (path / MANIFEST).write_text(json.dumps(dict(sha256=_sha256_of_json(content), content=content), indent=1))
-    sync(path / MANIFEST)
-    for folder in sorted((folder for folder in path.rglob('*') if folder.is_dir()), reverse=True):
+    return sealed
+
+
+def _commit(temporary: Path, final: Path, step: int, arrays, meta: dict, sealed: dict[str, dict]) -> None:
+    """Process 0: the manifest of the files of all processes, and the rename that makes them a step."""
+    for name, entry in sealed.items():
+        file = temporary / name
+        if not file.is_file() or file.stat().st_size != entry['size']:
+            raise OSError(f'{file} was written by another process, but process 0 does not see it with its '
+                          f'{entry["size"]} bytes: checkpoints must lie on a file system that all processes share')
+    described = {name: dict(shape=list(array.shape), dtype=array.dtype.name) for name, array in arrays.items()}
+    content = dict(step=step, meta=meta, arrays=described, files=dict(sorted(sealed.items())))
+    (temporary / MANIFEST).write_text(json.dumps(dict(sha256=_sha256_of_json(content), content=content), indent=1))
+    sync(temporary / MANIFEST)
+    for folder in sorted((folder for folder in temporary.rglob('*') if folder.is_dir()), reverse=True):
         sync(folder)
-    sync(path)
+    sync(temporary)
+    if final.exists():  # incomplete or corrupt, as _refuse_existing found: nothing is lost
+        os.rename(final, temporary.parent / f'{final.name}.tmp-{secrets.token_hex(4)}')
+    os.rename(temporary, final)
+    sync(final.parent)
 
 
-def _write_array(path: Path, array: jax.Array | Streamed) -> None:
-    """One zarr3 store, each part of the array written once, by one of the devices that hold it."""
-    store = ts.open(_store_spec(path) | dict(
-        metadata=dict(shape=list(array.shape), data_type=array.dtype.name,
-                      chunk_grid=dict(name='regular', configuration=dict(chunk_shape=_chunk_shape(array))),
-                      codecs=[dict(name='bytes', configuration=dict(endian='little'))] if array.dtype.itemsize > 1 else
-                      [dict(name='bytes')]),
-        store_data_equal_to_fill_value=True), create=True).result()
-    if isinstance(array, Streamed):
-        for i, rows in enumerate(array.slices):
-            _write_parts(path, store, [(slice(i * array.rows, (i + 1) * array.rows), rows)])
-    else:
-        _write_parts(path, store, [(shard.index, np.asarray(shard.data)) for shard in array.addressable_shards
-                                   if shard.replica_id == 0])
+def _delete_older(directory: str, step: int, keep: int, keep_every: int) -> None:
+    older = [other for other in steps(directory) if other < step and not (keep_every and other % keep_every == 0)]
+    for old in older[:max(0, len(older) - (keep - 1))]:
+        doomed = Path(directory) / f'{step_directory(directory, old).name}.tmp-{secrets.token_hex(4)}'
+        os.rename(step_directory(directory, old), doomed)
+        shutil.rmtree(doomed)
 
 
-def _write_parts(path: Path, store: ts.TensorStore, parts: list[tuple]) -> None:
+def _write_parts(path: Path, store: ts.TensorStore, parts: list[tuple]) -> set[Path]:
+    """Writes [(index, values)] and returns the files that hold them."""
     floats = jnp.issubdtype(store.dtype.numpy_dtype, jnp.floating)
     if floats and not all(np.isfinite(part).all() for _, part in parts):
         raise ValueError(f'array {path.name!r} holds NaN or infinity: not saved, the checkpoints before it stay')
@@ -161,6 +205,17 @@ def _write_parts(path: Path, store: ts.TensorStore, parts: list[tuple]) -> None:
             write.result()
         except ValueError as error:  # tensorstore's class for whatever the system refuses
             raise OSError(f'writing {path}: {error}') from None
+    return {file for index, _ in parts for file in _chunk_files(path, store, index)}
+
+
+def _chunk_files(path: Path, store: ts.TensorStore, index: tuple[slice, ...]) -> Iterator[Path]:
+    """The files of the chunks that `index` touches (leading dimensions are enough): PATH/c/0/2."""
+    chunks = []
+    shape = store.chunk_layout.read_chunk.shape or ()  # None of a scalar
+    for axis, (size, chunk) in enumerate(zip(store.shape, shape, strict=True)):
+        start, stop, _ = index[axis].indices(size) if axis < len(index) else (0, size, 1)
+        chunks.append(range(start // chunk, -(-stop // chunk)))
+    return (path.joinpath('c', *map(str, place)) for place in itertools.product(*chunks))
 
 
 def _store_spec(path: Path) -> dict:
@@ -168,13 +223,35 @@ def _store_spec(path: Path) -> dict:
 
 
 def _chunk_shape(array: jax.Array | Streamed) -> list[int]:
-    """A part's shape, its leading axes cut until a chunk has at most CHUNK_BYTES: a matrix or a few of a stack."""
+    """A part's shape, its leading axes cut until a chunk has at most CHUNK_BYTES: a matrix or a few of a stack.
+
+    Where parts lie side by side the cuts divide a part, so no chunk belongs to two of them: two processes may write.
+    """
     part = (array.rows, *array.shape[1:]) if isinstance(array, Streamed) else array.sharding.shard_shape(array.shape)
     shape = [max(size, 1) for size in part]
     for axis, size in enumerate(shape):
         row = array.dtype.itemsize * int(np.prod(shape[axis + 1:]))
         shape[axis] = max(1, min(size, CHUNK_BYTES // row))
+        while part[axis] < array.shape[axis] and size % shape[axis]:
+            shape[axis] -= 1
     return shape
+
+
+def check_shared(directory: str) -> None:
+    """With several processes makes `directory`; raises ValueError on all of them unless all see the same one."""
+    if processes.count() == 1:
+        return
+    root = Path(directory)
+    processes.agree(lambda: root.mkdir(parents=True, exist_ok=True))
+    suffix, *_ = processes.exchange(secrets.token_hex(4))
+    mark = root / f'seen-by-all.tmp-{suffix}'
+    leads = processes.index() == 0
+    processes.agree(lambda: mark.touch() if leads else None)
+    seen = processes.agree(mark.exists)
+    processes.agree(lambda: mark.unlink() if leads else None)
+    if not all(seen):
+        raise ValueError(f'{root} of process 0 is another directory than that of process {seen.index(False)}: name one '
+                         'on a file system that all processes share')
 
 
 # ---------------------------------------------------------------- look
@@ -281,8 +358,9 @@ def _other_steps(path: Path) -> str:
 def restore(directory: str, step: int | None, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays named in `targets`, each on the sharding of its target, from a step (None: the newest complete one).
 
-    Every device reads its own part only, whatever the sharding was at save.  The files of these arrays are compared
-    with their sha256 first.  Raises ValueError naming a corrupt file, or up to 10 arrays that are missing or differ.
+    Every device reads its own part only, whatever the sharding was at save.  The files of the parts that this process
+    reads are compared with their sha256 first.  Raises ValueError naming a corrupt file, or up to 10 arrays that are
+    missing or differ.
     """
     step = existing_step(directory, step)
     path = step_directory(directory, step)
@@ -296,16 +374,20 @@ def restore(directory: str, step: int | None, targets: dict[str, jax.ShapeDtypeS
             wrong.append(f'{name} got {got} want {want}')
     if wrong:
         raise ValueError(f'{path} was saved by a model or optimizer of other sizes or dtypes: {shortened(wrong)}')
-    _verify(path, manifest, [file for file in manifest['files'] if file.startswith('arrays/')
-                             and file.split('/')[1] in targets])
-    return {name: _restore_array(path / 'arrays' / name, target) for name, target in targets.items()}
+    return {name: _restore_array(path, manifest, name, target) for name, target in targets.items()}
 
 
-def _restore_array(path: Path, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _restore_array(step: Path, manifest: dict, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+    path = step / 'arrays' / name
+    _verify(step, manifest, [f'arrays/{name}/zarr.json'])
     store = ts.open(_store_spec(path), open=True, read=True).result()
-    parts = shard_indices(target.shape, target.sharding)
-    reads = {index: store[tuple(slice(*part) for part in index)].read() for index in parts}
-    return from_parts(target, {index: read.result() for index, read in reads.items()})
+    parts = shards.shard_indices(target.shape, target.sharding)
+    files = {file for index in parts for file in _chunk_files(path, store, tuple(slice(*part) for part in index))}
+    _verify(step, manifest, [file.relative_to(step).as_posix() for file in sorted(files)])
+    read = lambda bounds: store[tuple(slice(*bound) for bound in bounds)].read().result()
+    if len(target.shape) == 3:  # a stack of matrices
+        return shards.fill_stack(target, lambda layer, bounds: read(((layer, layer + 1), *bounds))[0])
+    return shards.fill(target, read)
 
 
 class ArrayReader:
@@ -325,33 +407,6 @@ class ArrayReader:
             self._stores[name] = ts.open(_store_spec(self._path / 'arrays' / name), open=True, read=True).result()
         store = self._stores[name]
         return (store if row is None else store[row]).read().result()
-
-
-# ---------------------------------------------------------------- arrays from parts, for every loader
-
-
-def shard_indices(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> dict[tuple, list]:
-    """{((start, stop), ..) per dimension: devices of this process that hold this part}."""
-    parts = {}
-    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        parts.setdefault(bounds, []).append(device)
-    return parts
-
-
-def from_parts(target: jax.ShapeDtypeStruct, parts: dict[tuple, np.ndarray]) -> jax.Array:
-    """A sharded array from the host arrays of its distinct parts (keys of `shard_indices`), complete when returned.
-
-    Its memory is JAX's own, so that it may be donated.  On a CPU, device_put uses a 64-byte aligned numpy buffer in
-    place, for several devices at once and (jax 0.10) even with may_alias=False; a second device_put copies.
-    """
-    shards = []
-    for bounds, devices in shard_indices(target.shape, target.sharding).items():
-        for device in devices:
-            shard = jax.device_put(parts[bounds], device)
-            shards.append(jax.device_put(shard, device, may_alias=False) if device.platform == 'cpu' else shard)
-    array = jax.make_array_from_single_device_arrays(tuple(target.shape), target.sharding, shards)
-    return array.block_until_ready()
 
 
 def shortened(lines: list[str], most: int = 10) -> str:

@@ -26,7 +26,8 @@ and transposed once.  q comes multiplied by scale * log2(e): exponents are base 
                                                                        1 to spare: 16.25 MiB (tiles.vmem_bytes)
 The public arrays are [B,T,H,D] as projections make them.  The transposes below move little inside a layer: XLA lets
 the rotary embedding and the projection's product write [B,H,T,D], with D = 100 padded to 128 lanes by the layout.  (At
-D = 64 nothing is copied; at D = 100, v5e, forward and backward, four activations a layer are: LOG.md.)  D_i is fused with the product that makes do.
+D = 64 nothing is copied; at D = 100, v5e, forward and backward, four activations a layer are: LOG.md.)  D_i is fused
+with the product that makes do.
 
 A grid step is one square of R x R scores of `heads` heads.  Up to T = block a row is a single square (n = 1):
 
@@ -78,6 +79,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -458,7 +460,8 @@ def flash_attention(q_BTHD: Array, k_BSKD: Array, v_BSKD: Array, segments_BT: Ar
         Float32 is computed to float32's precision (products in six passes of bfloat16).
       segments_BT: int32; tokens see their own segment alone.  0 is padding: such rows give zeros and zero gradients.
       causal: no token sees a later one.
-      tiles: of the forward and of the backward kernel; by default those of tuned_tiles.json for the device that is compiled for.
+      tiles: of the forward and of the backward kernel; by default those of tuned_tiles.json for the device that is
+        compiled for.
       interpret: False for the TPU, pltpu.InterpretParams(...) for its interpreter.
 
     Inside jax.shard_map (check_vma=True), B and heads may be split; all arguments vary over the same axes.
@@ -494,6 +497,7 @@ def attention_forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles,
     q_BTHD = (q_BTHD.astype(jnp.float32) * (scale * LOG2E)).astype(q_BTHD.dtype)
     q_BHTD, k_BKSD, v_BKSD = (x.transpose(0, 2, 1, 3) for x in (q_BTHD, k_BSKD, v_BSKD))
     o_BHTD, lse_BH1T = forward(q_BHTD, k_BKSD, v_BKSD, segments_BT, plan, interpret)
+    o_BHTD, lse_BH1T = checkpoint_name(o_BHTD, 'o'), checkpoint_name(lse_BH1T, 'statistics')  # model/llama.py, SAVEABLE
     return o_BHTD.transpose(0, 2, 1, 3), (q_BHTD, k_BKSD, v_BKSD, o_BHTD, lse_BH1T, segments_BT)
 
 

@@ -6,6 +6,7 @@
 """
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import reference
@@ -45,9 +46,10 @@ def attend(name: str, q_BTHD, k_BTKD, v_BTKD, segments_BT) -> jax.Array:
         return flash_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, scale=D ** -0.5, interpret=_interpret())
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
-    return reference.attention(q_BTHD, k_BTKD, v_BTKD, scale=D ** -0.5, query_positions_BT=positions_BT,
-                               key_positions_BS=positions_BT, query_segments_BT=segments_BT,
-                               key_segments_BS=segments_BT)
+    o_BTHD = reference.attention(q_BTHD, k_BTKD, v_BTKD, scale=D ** -0.5, query_positions_BT=positions_BT,
+                                 key_positions_BS=positions_BT, query_segments_BT=segments_BT,
+                                 key_segments_BS=segments_BT)
+    return checkpoint_name(o_BTHD, 'o')
 
 
 def attend_cached(name: str, q_BTHD, k_BTKD, v_BTKD, cache: kv_cache.Cache, layer, positions_BT,

@@ -76,12 +76,14 @@ class Compute:
 
     dtype: of activations and of the weights as they enter a matrix product, 'fp32' or 'bf16'; parameters stay f32.
     attention: the implementation, by name (model/attention.py).
+    reduce_gradients: dtype in which gradients are summed over devices; '' is that of `dtype`.
     remat_block, remat_attention, remat_mlp: what the backward pass keeps of a layer, of its attention and of its ffn,
-    by name (model/llama.py, REMAT_POLICIES); '' recomputes nothing.
+    by name (model/llama.py, remat_policy); '' recomputes nothing.
     """
 
     dtype: str = 'fp32'
     attention: str = 'reference'
+    reduce_gradients: str = ''
     remat_block: str = ''
     remat_attention: str = ''
     remat_mlp: str = ''

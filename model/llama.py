@@ -17,12 +17,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
 from model import cache as kv_cache
 from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
-from model.partition import WeightSpec, all_gather, pytree, reduce_scatter, specs_of, weight
+from model.partition import WeightSpec, all_gather, gather_weight, pytree, reduce_scatter, specs_of, weight
 
 Array = jax.Array
 DTYPES = {'fp32': jnp.float32, 'float32': jnp.float32, 'bf16': jnp.bfloat16, 'bfloat16': jnp.bfloat16,
@@ -32,6 +33,14 @@ REMAT_POLICIES = {  # what the backward pass finds saved of each layer, by EasyL
     'checkpoint_dots': jax.checkpoint_policies.checkpoint_dots,
     'checkpoint_dots_with_no_batch_dims': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     'everything_saveable': jax.checkpoint_policies.everything_saveable,
+}
+SAVEABLE = {  # and ours, 'save:q,k,v': only the tensors of these names; elements a token and layer, on each mp device
+    'attention_input': 'M',  # the gathered norm: not gathered again
+    'q': 'HD/mp', 'k': 'KD/mp', 'v': 'KD/mp',  # heads, turned
+    'o': 'HD/mp', 'statistics': '2 H/mp',  # of attention (log-sum-exp, float32): both, and its kernel runs once
+    'middle': 'M/mp',  # h between attention and ffn: neither w_o's product nor its reduce-scatter again
+    'ffn_input': 'M',
+    'gate': 'F/mp', 'up': 'F/mp',
 }
 
 
@@ -118,7 +127,7 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
     used). Runs inside shard_map, on the local batch and the local shards of `params`.
     """
     B, T = tokens_BT.shape
-    dtype = DTYPES[compute.dtype]
+    gather = gatherer(compute)
     split_sequence = cache is None and T % lax.axis_size('mp') == 0
     from_start = positions_BT is None
     if from_start:
@@ -126,37 +135,61 @@ def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array, config: L
     rope = rope_table(positions_BT, config)
 
     def attention(n_BTM, w, rope, cache, index):
-        return attention_block(n_BTM, w, rope, positions_BT, segments_BT, config, compute, cache, index, from_start)
+        return attention_block(n_BTM, w, gather, rope, positions_BT, segments_BT, config, compute, cache, index,
+                               from_start)
+
+    def norm(h, weight_M):
+        return rms_norm(h, gather(weight_M, 'M -> M', h), config)
 
     attention = rematerialized(attention, compute.remat_attention)
-    ffn = rematerialized(lambda n_BTM, w: ffn_block(n_BTM, w, dtype), compute.remat_mlp)
+    ffn = rematerialized(lambda n_BTM, w: ffn_block(n_BTM, w, gather), compute.remat_mlp)
 
     def step(carry, layer_and_index):
         h, cache = carry
         w, index = layer_and_index
         with jax.named_scope('attention'):
-            n_BTM = gather_sequence(rms_norm(h, w.attention_norm, config), split_sequence)
+            n_BTM = checkpoint_name(gather_sequence(norm(h, w.attention_norm), split_sequence), 'attention_input')
             partial_BTM, cache = attention(n_BTM, w, rope, cache, index)
-            h = h + sum_partial(partial_BTM, split_sequence)
+            h = checkpoint_name(h + sum_partial(partial_BTM, split_sequence), 'middle')
         with jax.named_scope('ffn'):
-            n_BTM = gather_sequence(rms_norm(h, w.ffn_norm, config), split_sequence)
+            n_BTM = checkpoint_name(gather_sequence(norm(h, w.ffn_norm), split_sequence), 'ffn_input')
             h = h + sum_partial(ffn(n_BTM, w), split_sequence)
         return (h, cache), None
 
-    h = embed(params.embedding, tokens_BT, dtype, split_sequence)
+    h = embed(params.embedding, tokens_BT, gather, split_sequence)
     indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     (h, cache), _ = lax.scan(rematerialized(step, compute.remat_block), (h, cache), (params.layers, indices))
-    return gather_sequence(rms_norm(h, params.final_norm, config), split_sequence), cache
+    return gather_sequence(norm(h, params.final_norm), split_sequence), cache
+
+
+def gatherer(compute: Compute):
+    """partition.gather_weight with the dtypes that `compute` names."""
+    reduce_dtype = DTYPES[compute.reduce_gradients or compute.dtype]
+    return functools.partial(gather_weight, dtype=DTYPES[compute.dtype], reduce_dtype=reduce_dtype)
 
 
 def rematerialized(function, policy: str):
     """`function`, of whose insides the backward pass finds only what the policy saves."""
-    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=False) if policy else function
+    return jax.checkpoint(function, policy=remat_policy(policy), prevent_cse=False) if policy else function
 
 
-def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Array:
+def remat_policy(policy: str):
+    """What jax.checkpoint is told: a name of REMAT_POLICIES, or 'save:NAME,NAME' with names of SAVEABLE.
+
+    Raises ValueError that lists them.
+    """
+    kind, _, names = policy.partition(':')
+    if kind == 'save' and set(names.split(',')) <= set(SAVEABLE):
+        return jax.checkpoint_policies.save_only_these_names(*names.split(','))
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f'remat {policy=} is not known: one of {" ".join(REMAT_POLICIES)}, or save: and some of '
+                         f'{",".join(SAVEABLE)}')
+    return REMAT_POLICIES[policy]
+
+
+def embed(embedding: Array, tokens_BT: Array, gather, split_sequence: bool) -> Array:
     """h_BTM, or its T/mp part: each mp device looks up the tokens of its own slice of the vocabulary."""
-    embedding_VM = all_gather(embedding.astype(dtype), 'V/mp M/fsdp -> V/mp M')
+    embedding_VM = gather(embedding, 'V/mp M/fsdp -> V/mp M', tokens_BT)
     V = embedding_VM.shape[0]
     local_BT = tokens_BT - V * lax.axis_index('mp')
     mine_BT = (local_BT >= 0) & (local_BT < V)
@@ -164,21 +197,23 @@ def embed(embedding: Array, tokens_BT: Array, dtype, split_sequence: bool) -> Ar
     return sum_partial(rows_BTM, split_sequence)  # exactly one device holds a token's row, so the sum is that row
 
 
-def attention_block(n_BTM, w: Layer, rope, positions_BT, segments_BT, config, compute, cache, index, from_start):
+def attention_block(n_BTM, w: Layer, gather, rope, positions_BT, segments_BT, config, compute, cache, index,
+                    from_start):
     """Attention over the local heads: partial sums of W_o's product (to be summed over mp), and the cache."""
-    dtype, M, D = n_BTM.dtype, n_BTM.shape[2], config.head_dim
-    w_q = all_gather(w.w_q.astype(dtype), 'M/fsdp HD/mp -> M HD/mp')
-    w_k, w_v = (kv_heads_of_this_device(all_gather(x.astype(dtype), 'M/fsdp KD/mp -> M KD/mp'), config)
-                for x in (w.w_k, w.w_v))
+    M, D = n_BTM.shape[2], config.head_dim
+    w_q = gather(w.w_q, 'M/fsdp HD/mp -> M HD/mp', n_BTM)
+    w_k, w_v = (kv_heads_of_this_device(gather(x, 'M/fsdp KD/mp -> M KD/mp', n_BTM), config) for x in (w.w_k, w.w_v))
     # an einsum to heads, not a product and a reshape: the TPU compiler then writes the kernel's layout straight away
     project = lambda w: jnp.einsum('BTM,MHD->BTHD', n_BTM, w.reshape(M, -1, D))
-    q_BTHD, k_BTKD, v_BTKD = rotate(project(w_q), rope), rotate(project(w_k), rope), project(w_v)
+    q_BTHD = checkpoint_name(rotate(project(w_q), rope), 'q')
+    k_BTKD = checkpoint_name(rotate(project(w_k), rope), 'k')
+    v_BTKD = checkpoint_name(project(w_v), 'v')
     if cache is None:
         o_BTHD = attend(compute.attention, q_BTHD, k_BTKD, v_BTKD, segments_BT)
     else:
         cache = kv_cache.write(cache, index, positions_BT, k_BTKD, v_BTKD)
         o_BTHD = attend_cached(compute.attention, q_BTHD, k_BTKD, v_BTKD, cache, index, positions_BT, from_start)
-    w_o = all_gather(w.w_o.astype(dtype), 'HD/mp M/fsdp -> HD/mp M')
+    w_o = gather(w.w_o, 'HD/mp M/fsdp -> HD/mp M', n_BTM)
     return jnp.einsum('BTHD,HDM->BTM', o_BTHD, w_o.reshape(-1, D, M)), cache
 
 
@@ -196,12 +231,12 @@ def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:
     return lax.dynamic_slice_in_dim(whole, lax.axis_index('mp') * K // mp * D, D, axis=1)
 
 
-def ffn_block(n_BTM, w: Layer, dtype) -> Array:
+def ffn_block(n_BTM, w: Layer, gather) -> Array:
     """SwiGLU over the local columns: partial sums of W_down's product, to be summed over mp."""
-    w_gate = all_gather(w.w_gate.astype(dtype), 'M/fsdp F/mp -> M F/mp')
-    w_up = all_gather(w.w_up.astype(dtype), 'M/fsdp F/mp -> M F/mp')
-    w_down = all_gather(w.w_down.astype(dtype), 'F/mp M/fsdp -> F/mp M')
-    return (jax.nn.silu(n_BTM @ w_gate) * (n_BTM @ w_up)) @ w_down
+    w_gate, w_up = (gather(x, 'M/fsdp F/mp -> M F/mp', n_BTM) for x in (w.w_gate, w.w_up))
+    w_down = gather(w.w_down, 'F/mp M/fsdp -> F/mp M', n_BTM)
+    gate_BTF, up_BTF = checkpoint_name(n_BTM @ w_gate, 'gate'), checkpoint_name(n_BTM @ w_up, 'up')
+    return (jax.nn.silu(gate_BTF) * up_BTF) @ w_down
 
 
 def gather_sequence(x: Array, split_sequence: bool) -> Array:
@@ -213,10 +248,13 @@ def sum_partial(x_BTM: Array, split_sequence: bool) -> Array:
 
 
 def rms_norm(x: Array, weight_M: Array, config: LlamaConfig) -> Array:
-    """x / sqrt(mean(x²) + eps) * weight over the last of x's three dimensions: float32 inside, x's dtype out."""
+    """x / sqrt(mean(x²) + eps) * weight over the last of x's three dimensions: float32 inside, x's dtype out.
+
+    weight_M: in x's dtype.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.rms_norm_eps)
-    return x32.astype(x.dtype) * weight_M.astype(x.dtype)[None, None]
+    return x32.astype(x.dtype) * weight_M[None, None]
 
 
 @functools.partial(jax.named_call, name='rope_table')

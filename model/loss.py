@@ -1,59 +1,114 @@
 """From hidden states to logits, cross entropy and accuracy, with the vocabulary split over mp.  Before: model/llama.py.
 
-    nll = log sum_v exp(z_v) - z_target,   z = head h          (float32 from the product on)
+    z = head h,   lse = log sum_v exp(z_v),   nll = lse - z_target               (float32 from the product on)
+    dz = (exp(z - lse) - onehot(target)) dnll,   dh = headᵀ dz,   dhead = dz hᵀ
 
-Logits exist only for positions that ask for them, and of those only a chunk at a time; the backward pass computes a
-chunk again rather than keep it.
+Logits exist only for positions that ask for them, and of those only for a chunk of the vocabulary at a time: the
+forward pass keeps a running maximum and sum, the backward pass, written out below, keeps lse alone and computes a
+chunk's logits again.  (Vocabulary over devices: Megatron-LM, arXiv 1909.08053; running sum: 1805.02867.)
 """
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.llama import Array, Llama
-from model.partition import all_gather
+from model.config import Compute
+from model.llama import Array, Llama, gatherer
+from model.partition import all_gather, varies, varying
 
-CHUNK_ELEMENTS = 1 << 26  # float32 logits of one chunk on one device: at most 256 MB
-
-
-def head_weights(params: Llama, dtype) -> Array:
-    """head_VM (V local to this mp device): the head, or the embedding where they are tied."""
-    head = params.embedding if params.head is None else params.head
-    return all_gather(head.astype(dtype), 'V/mp M/fsdp -> V/mp M')
+CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MB
 
 
 def logits(params: Llama, h_BPM: Array) -> Array:
     """z_BPV float32, V being this mp device's slice of the vocabulary."""
-    return jnp.einsum('BPM,VM->BPV', h_BPM, head_weights(params, h_BPM.dtype), preferred_element_type=jnp.float32)
+    return _logits(all_gather(_head(params).astype(h_BPM.dtype), 'V/mp M/fsdp -> V/mp M'), h_BPM)
 
 
-def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array) -> tuple[Array, Array]:
+def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array, compute: Compute) -> tuple[Array, Array]:
     """(nll_BP float32, correct_BP bool): minus each target's log-likelihood, and whether it is the likeliest token.
 
-    h_BPM is whole on every mp device; the results are too.  P is walked in equal chunks of at most CHUNK_ELEMENTS
-    logits.
+    h_BPM is whole on every mp device; the results are too.
     """
-    head_VM = head_weights(params, h_BPM.dtype)
-    B, P, _ = h_BPM.shape
-    fits = lambda n: P % n == 0 and B * P // n * head_VM.shape[0] <= CHUNK_ELEMENTS
-    chunks = next(filter(fits, range(1, P)), P)
-    if chunks == 1:
-        return _chunk_cross_entropy(head_VM, h_BPM, targets_BP)
-    split = lambda x: x.reshape(B, chunks, P // chunks, *x.shape[2:]).swapaxes(0, 1)
-    one = jax.checkpoint(lambda x: _chunk_cross_entropy(head_VM, *x), prevent_cse=False)
-    nll, correct = lax.map(one, (split(h_BPM), split(targets_BP)))
-    return nll.swapaxes(0, 1).reshape(B, P), correct.swapaxes(0, 1).reshape(B, P)
+    head_VM = gatherer(compute)(_head(params), 'V/mp M/fsdp -> V/mp M', h_BPM)
+    return cross_entropy(head_VM, varying(h_BPM, ('mp',)), targets_BP)  # the gradients of h are summed over mp
 
 
-def _chunk_cross_entropy(head_VM, h_BPM, targets_BP):
-    z_BPV = jnp.einsum('BPM,VM->BPV', h_BPM, head_VM, preferred_element_type=jnp.float32)
+def _head(params: Llama) -> Array:
+    return params.embedding if params.head is None else params.head
+
+
+def _logits(head_VM, h_BPM):
+    return jnp.einsum('BPM,VM->BPV', h_BPM, head_VM, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def cross_entropy(head_VM: Array, h_BPM: Array, targets_BP: Array) -> tuple[Array, Array]:
+    """`token_cross_entropy`, given this device's rows of the head."""
+    return cross_entropy_forward(head_VM, h_BPM, targets_BP)[0]
+
+
+def cross_entropy_forward(head_VM, h_BPM, targets_BP):
+    local_BP = targets_BP - head_VM.shape[0] * lax.axis_index('mp')  # counted from this device's first row
+
+    def chunk(carry, rows_CM, first, seen):
+        max_BP, total_BP, z_target_BP = carry
+        C = rows_CM.shape[0]
+        z_BPC = jnp.where(jnp.arange(C)[None, None] >= seen, _logits(rows_CM, h_BPM), -jnp.inf)
+        new_max_BP = jnp.maximum(max_BP, z_BPC.max(axis=-1))
+        total_BP = total_BP * jnp.exp(max_BP - new_max_BP) + jnp.exp(z_BPC - new_max_BP[..., None]).sum(axis=-1)
+        index_BP = local_BP - first
+        mine_BP = (index_BP >= seen) & (index_BP < C)
+        found_BP = jnp.take_along_axis(z_BPC, jnp.where(mine_BP, index_BP, 0)[..., None], axis=-1)[..., 0]
+        return new_max_BP, total_BP, jnp.where(mine_BP, found_BP, z_target_BP)
+
+    zero_BP = varying(jnp.zeros(targets_BP.shape, jnp.float32), varies(h_BPM))
+    max_BP, total_BP, z_target_BP = _over_chunks(chunk, (zero_BP - jnp.inf, zero_BP, zero_BP), head_VM, zero_BP.size)
+    z_max_BP = lax.pmax(max_BP, 'mp')
+    lse_BP = jnp.log(lax.psum(total_BP * jnp.exp(max_BP - z_max_BP), 'mp')) + z_max_BP
+    z_target_BP = lax.psum(z_target_BP, 'mp')  # one device holds the target's logit, the others add 0
+    return (lse_BP - z_target_BP, z_target_BP >= z_max_BP), (head_VM, h_BPM, local_BP, lse_BP)
+
+
+def cross_entropy_backward(saved, gradients):
+    head_VM, h_BPM, local_BP, lse_BP = saved
+    dnll_BP, _ = gradients
+
+    def chunk(carry, rows_CM, first, seen):
+        dhead_VM, dh_BPM = carry
+        C = rows_CM.shape[0]
+        is_target_BPC = jax.nn.one_hot(local_BP - first, C)  # all zeros where it is another chunk's
+        dz_BPC = (jnp.exp(_logits(rows_CM, h_BPM) - lse_BP[..., None]) - is_target_BPC) * dnll_BP[..., None]
+        dz_BPC = dz_BPC.astype(h_BPM.dtype)
+        dhead_CM = jnp.einsum('BPC,BPM->CM', dz_BPC, h_BPM)
+        rows_CM = jnp.where(jnp.arange(C)[:, None] >= seen, rows_CM, 0)
+        dh_BPM += jnp.einsum('BPC,CM->BPM', dz_BPC, rows_CM, preferred_element_type=jnp.float32)
+        return lax.dynamic_update_slice_in_dim(dhead_VM, dhead_CM, first, axis=0), dh_BPM
+
+    zeros = jnp.zeros_like(head_VM), jnp.zeros_like(h_BPM, jnp.float32)
+    dhead_VM, dh_BPM = _over_chunks(chunk, zeros, head_VM, local_BP.size)
+    return dhead_VM, dh_BPM.astype(h_BPM.dtype), None
+
+
+cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)
+
+
+def _over_chunks(chunk, carry, head_VM, positions: int):
+    """`carry` after chunk(carry, rows_CM, first, seen) for C rows of the head after another, C * positions being
+    CHUNK_ELEMENTS at most.
+
+    first: of these rows; seen: so many of them were in the chunk before (the last one begins early to be as long as the
+    others).
+    """
     V = head_VM.shape[0]
-    local_BP = targets_BP - V * lax.axis_index('mp')
-    mine_BP = (local_BP >= 0) & (local_BP < V)
-    z_target = jnp.take_along_axis(z_BPV, jnp.where(mine_BP, local_BP, 0)[..., None], axis=-1)[..., 0]
-    z_target_BP = lax.psum(jnp.where(mine_BP, z_target, 0), 'mp')  # one device holds the target's logit, others add 0
-    z_max_BP = lax.pmax(lax.stop_gradient(z_BPV.max(axis=-1)), 'mp')  # any shift cancels, so its gradient is zero
-    total_BP = lax.psum(jnp.exp(z_BPV - z_max_BP[..., None]).sum(axis=-1), 'mp')
-    return jnp.log(total_BP) + z_max_BP - z_target_BP, z_target_BP >= z_max_BP
+    count = -(-V * positions // CHUNK_ELEMENTS)
+    size = -(-V // count)
+    if count == 1:
+        return chunk(carry, head_VM, 0, 0)
+
+    def body(i, carry):
+        first = jnp.minimum(i * size, V - size)
+        return chunk(carry, lax.dynamic_slice_in_dim(head_VM, first, size), first, i * size - first)
+
+    return lax.fori_loop(0, count, body, carry)
 
 
 def row_mean_loss(nll_BP, correct_BP, mask_BP, row_weight_B) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
@@ -36,6 +37,10 @@ class WeightSpec(NamedTuple):
     @property
     def stacked(self) -> bool:
         return self.letters[0] == 'N'
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -88,6 +93,52 @@ def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
     before, after = rewrite.split(' -> ')
     dimension, axis = _changed_dimension(after, before)
     return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+
+
+def varies(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes along which `x` differs from device to device, as shard_map tracks them."""
+    return tuple(axis for axis in AXES if axis in jax.typeof(x).manual_axis_type.varying)
+
+
+def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, said to differ along `axes` (lax.pcast for those along which it does not yet): its transpose is a psum."""
+    missing = tuple(axis for axis in axes if axis not in varies(x))
+    return lax.pcast(x, missing, to='varying') if missing else x
+
+
+def gather_weight(w: jax.Array, rewrite: str, x: jax.Array, *, dtype, reduce_dtype) -> jax.Array:
+    """The weight as a product with `x` takes it: in `dtype`, and gathered as `rewrite` says ('M -> M': as it is).
+
+    Rounded first, so that what travels is `dtype`.  The gradient comes back in w's dtype and sharding: cast to
+    `reduce_dtype`, reduce-scattered over the gathered axis, and what is left of it, not the gathered whole, is summed
+    over the axes along which x differs and the weight does not (dp; for a norm fsdp and mp too).
+    """
+    before, after = rewrite.split(' -> ')
+    dimension, axis = _changed_dimension(before, after) if before != after else (None, None)
+    over = tuple(axis for axis in varies(x) if axis not in varies(w))
+
+    @jax.custom_vjp
+    def gather(w):
+        if w.dtype != dtype:
+            # As it sees only a rounded w, XLA:TPU would round all layers before the loop over them, and hold that copy
+            # of the model through the step (its bfloat16-propagation).  Bits behind a barrier are not its to round.
+            bits = lax.optimization_barrier(lax.bitcast_convert_type(w, jnp.uint32))
+            w = lax.bitcast_convert_type(bits, w.dtype).astype(dtype)
+        w = varying(w, over)
+        if axis is None:
+            return w
+        whole = lax.all_gather(w, axis, axis=dimension)
+        return whole.reshape(*w.shape[:dimension], -1, *w.shape[dimension + 1:])
+
+    def transpose(_, gradient):
+        gradient = gradient.astype(reduce_dtype)
+        if axis is not None:
+            parts = gradient.reshape(*w.shape[:dimension], lax.axis_size(axis), *w.shape[dimension:])
+            gradient = lax.psum_scatter(parts, axis, scatter_dimension=dimension)
+        return ((lax.psum(gradient, over) if over else gradient).astype(w.dtype),)
+
+    gather.defvjp(lambda w: (gather(w), None), transpose)
+    return gather(w)
 
 
 # ---------------------------------------------------------------- the mesh

@@ -146,11 +146,11 @@ def make_app(thread: EngineThread, options: Options) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _refuse)
     page, policy = page_of(options)
 
-    async def respond(request: Request, body: Body, work, answer) -> JSONResponse:
-        """`answer` makes the response out of what `work` makes of the engine."""
+    async def respond(request: Request, body: Body, answer, method: str, **arguments) -> JSONResponse:
+        """`answer` makes the response out of what the engine's method answers."""
         if options.logging:
             print(f'{request.url.path} is asked\n{pprint.pformat(body.model_dump())}', flush=True)
-        content = answer(await _result(request, thread, work))
+        content = answer(await _result(request, thread, method, arguments))
         if options.logging:
             print(f'{request.url.path} answers\n{pprint.pformat(content)}', flush=True)
         return JSONResponse(content)
@@ -168,9 +168,10 @@ def make_app(thread: EngineThread, options: Options) -> FastAPI:
     async def generate(body: GenerateBody, request: Request):
         temperature, prompts = temperature_of(body), prefixes_of(body.prefix_text)
         return await respond(
-            request, body, lambda engine: engine.generate(prompts, temperature),
+            request, body,
             lambda answers: dict(prefix_text=body.prefix_text, output_text=[answer.text for answer in answers],
-                                 temperature=temperature, **_added(answers)))
+                                 temperature=temperature, **_added(answers)),
+            'generate', prompts=prompts, temperature=temperature)
 
     @app.post('/greedy-until')
     async def greedy_until(body: GreedyUntilBody, request: Request):
@@ -182,9 +183,10 @@ def make_app(thread: EngineThread, options: Options) -> FastAPI:
         prompts = prefixes_of(body.prefix_text)
         stops = [[stop] if isinstance(stop, str) else stop for stop in body.until]
         return await respond(
-            request, body, lambda engine: engine.greedy_until(prompts, stops, max_length),
+            request, body,
             lambda answers: dict(prefix_text=body.prefix_text, until=body.until, max_length=max_length,
-                                 output_text=[answer.text for answer in answers], **_added(answers)))
+                                 output_text=[answer.text for answer in answers], **_added(answers)),
+            'greedy_until', prompts=prompts, stops=stops, max_length=max_length)
 
     @app.post('/chat')
     async def chat(body: ChatBody, request: Request):
@@ -197,22 +199,21 @@ def make_app(thread: EngineThread, options: Options) -> FastAPI:
             return dict(response=said.text, context=context + said.text + options.chat_lm_suffix,
                         temperature=temperature, truncated=said.truncated, finish_reason=said.finish_reason)
 
-        prompts = [options.chat_prepend_text + context]
-        return await respond(request, body, lambda engine: engine.generate(prompts, temperature), answer)
+        return await respond(request, body, answer, 'generate', prompts=[options.chat_prepend_text + context],
+                             temperature=temperature)
 
     @app.post('/loglikelihood')
     async def loglikelihood(body: LoglikelihoodBody, request: Request):
         prefixes = [''] * len(body.text) if body.prefix_text is None else body.prefix_text
         _check_pairs('prefix_text', prefixes, 'text', body.text)
-        before, after = prefixes_of(prefixes), texts_of(body.text)
-        return await respond(request, body, lambda engine: engine.loglikelihood(before, after),
-                             lambda scores: dict(prefix_text=prefixes, text=body.text, **_scores(scores)))
+        return await respond(request, body,
+                             lambda scores: dict(prefix_text=prefixes, text=body.text, **_scores(scores)),
+                             'loglikelihood', prefixes=prefixes_of(prefixes), texts=texts_of(body.text))
 
     @app.post('/loglikelihood-rolling')
     async def loglikelihood_rolling(body: RollingBody, request: Request):
-        texts = texts_of(body.text)
-        return await respond(request, body, lambda engine: engine.loglikelihood_rolling(texts),
-                             lambda scores: dict(text=body.text, **_scores(scores)))
+        return await respond(request, body, lambda scores: dict(text=body.text, **_scores(scores)),
+                             'loglikelihood_rolling', texts=texts_of(body.text))
 
     @app.get('/ready')
     async def ready():
@@ -256,10 +257,10 @@ def _scores(scores: list[tuple[float, bool]]) -> dict:
     return dict(log_likelihood=[score for score, _ in scores], is_greedy=[greedy for _, greedy in scores])
 
 
-async def _result(request: Request, thread: EngineThread, work):
+async def _result(request: Request, thread: EngineThread, method: str, arguments: dict):
     """What the engine answers, or the HTTPException that says why not.  A client that leaves the line is forgotten."""
     try:
-        future = thread.submit(work)
+        future = thread.submit(method, **arguments)
     except QueueFull as error:
         raise HTTPException(429, f'{error}: try again later', {'Retry-After': '1'}) from None
     except EngineFailed:

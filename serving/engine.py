@@ -496,7 +496,7 @@ class Engine:
         """(nll_BP float32, correct_BP bool) of targets_BP as the tokens after positions_BP."""
         h_BTM, _ = hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), self.config, self.compute)
         h_BPM = jnp.take_along_axis(h_BTM, positions_BP[..., None], axis=1)
-        return token_cross_entropy(params, h_BPM, targets_BP)
+        return token_cross_entropy(params, h_BPM, targets_BP, self.compute)
 
     def _first(self, params):
         """log p [V] of the token after a padding token that sees bos alone.
@@ -567,7 +567,9 @@ class Engine:
         return self._programs[key]
 
     def _shardings(self, specs):
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs,
+        """How arguments and results lie between two programs: as in `specs`, but the rows of a batch, which are small
+        and which the host writes and reads, lie whole on every device: every process can do both."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, PartitionSpec() if spec == BATCH else spec), specs,
                             is_leaf=lambda node: isinstance(node, PartitionSpec))
 
     def _definition(self, name: str, static: int | None):

@@ -1,10 +1,10 @@
 """One thread that owns JAX, and the bounded line of requests before it.  Before: engine.py; after: api.py."""
 import threading
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from serving.engine import PROGRAMS, RequestError
+from serving.followers import Line
 
 
 class QueueFull(Exception):
@@ -18,13 +18,14 @@ class EngineFailed(Exception):
 class EngineThread:
     """One thread calls the engine; requests stand in a bounded line before it.
 
-    Work is any function of the engine: `submit(lambda engine: engine.generate(...))`.  The first work is to warm up.
-    A RequestError or FloatingPointError concerns one request; after any other exception no work is done (`failure`).
+    Work is one call of a method of the engine: `submit('generate', prompts=..., temperature=...)`.  The first work is
+    to warm up.  A RequestError or FloatingPointError concerns one request; after any other exception no work is done
+    (`failure`).  line: where other processes hear of each call before it is made.
     """
 
-    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS):
+    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS, line: Line | None = None):
         self.failure: BaseException | None = None
-        self._engine = engine
+        self._engine, self._line = engine, line
         self._closing = False
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix='engine')
         self._places = threading.BoundedSemaphore(queue_size + 1)  # + the one that is being served
@@ -37,31 +38,37 @@ class EngineThread:
         """Warmed up, not failed, not closing."""
         return self.warm.done() and self.failure is None and not self._closing
 
-    def submit(self, work: Callable) -> Future:
-        """A Future of work(engine); raises QueueFull or EngineFailed.  What the work raises is in the Future."""
+    def submit(self, method: str, **arguments) -> Future:
+        """A Future of engine.method(**arguments); raises QueueFull or EngineFailed.  What it raises is in it."""
         if self.failure is not None:
             raise EngineFailed
         if not self._places.acquire(blocking=False):
             raise QueueFull(f'{self._queue_size} requests are waiting already')
-        future = self._executor.submit(self._work, work)
+        future = self._executor.submit(self._call, method, arguments)
         future.add_done_callback(lambda _: self._places.release())
         future.add_done_callback(self._note_failure)
         return future
 
-    def _work(self, work: Callable):
+    def _call(self, method: str, arguments: dict):
         if self.failure is not None:
             raise EngineFailed
-        return work(self._engine)
+        if self._line is not None:
+            self._line.tell(method, arguments)
+        return getattr(self._engine, method)(**arguments)
 
     def _warm_up(self, programs: tuple[str, ...]) -> None:
         for _ in self._engine.warm_up(programs):
             if self._closing:
                 return
+        if self._line is not None:
+            self._line.await_followers(lambda: self._closing)
 
     def close(self) -> None:
         """Waits for the work that is under way or in line, not for warming up; afterwards nothing may be submitted."""
         self._closing = True
         self._executor.shutdown(wait=True)
+        if self._line is not None:
+            self._line.end()
 
     def _note_failure(self, future: Future) -> None:
         error = None if future.cancelled() else future.exception()

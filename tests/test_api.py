@@ -328,7 +328,7 @@ def test_a_full_queue_answers_429_and_those_in_line_are_served(served, engine):
     client, thread = served
     thread.warm.result(10)
     engine.gate.clear()
-    line = [thread.submit(lambda engine, n=n: engine.generate(['a' * n], 0.0)) for n in (1, 2, 3)]
+    line = [thread.submit('generate', prompts=['a' * n], temperature=0.0) for n in (1, 2, 3)]
     answer = client.post('/generate', json=GOOD)
     assert (answer.status_code, answer.headers['retry-after']) == (429, '1')
     engine.gate.set()
@@ -360,7 +360,7 @@ def test_an_engine_failure_is_500_without_details_for_all_in_line(served, engine
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(client.post, '/generate', json=GOOD)
         assert engine.busy.wait(10)
-        waiting = thread.submit(lambda engine: engine.generate(['b'], 0.0))
+        waiting = thread.submit('generate', prompts=['b'], temperature=0.0)
         engine.gate.set()
     answers = [running.result(), client.post('/generate', json=GOOD)]
     assert [answer.status_code for answer in answers] == [500, 500]
@@ -405,13 +405,14 @@ def test_a_client_that_leaves_the_line_is_forgotten(served, engine):
     _, thread = served
     thread.warm.result(10)
     engine.gate.clear()
-    line = [thread.submit(lambda engine, n=n: engine.generate(['a' * n], 0.0)) for n in (1, 2)]
+    line = [thread.submit('generate', prompts=['a' * n], temperature=0.0) for n in (1, 2)]
     for _ in range(3):
         assert status_of(thread, dict(type='http.request', body=json.dumps({'prefix_text': ['gone']}).encode()),
                          dict(type='http.disconnect')) == 499
     engine.gate.set()
     assert [future.result(10)[0].token_ids for future in line] == [[1], [2]]
-    assert thread.submit(lambda engine: engine.calls).result(10) == [(['a'], 0.0), (['aa'], 0.0)]
+    thread.submit('generate', prompts=['last'], temperature=0.0).result(10)
+    assert engine.calls == [(['a'], 0.0), (['aa'], 0.0), (['last'], 0.0)]
 
 
 # ---------------------------------------------------------------- serve.py

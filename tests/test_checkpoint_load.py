@@ -1,20 +1,33 @@
 """TYPE::PATH: every format becomes the same sharded weights, what does not fit is listed before anything is read."""
 import dataclasses
+import functools
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from jax.sharding import PartitionSpec as P
+from test_checkpoint_easylm import flax_array, stream
+from test_checkpoint_gguf import write as write_gguf
 
-from checkpoint import easylm, huggingface, load, native
+from checkpoint import easylm, easylm_writer, huggingface, huggingface_writer, load, native, reading, shards
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
-from model.config import Compute, LlamaConfig
+from model.config import MODELS, Compute, LlamaConfig
 from model.llama import abstract_params, hidden_states, partitions
 from model.loss import logits
 from model.partition import make_mesh
+
+ROOT = Path(__file__).parent.parent
 
 
 def model_logits(params, config, mesh, tokens):
@@ -47,20 +60,170 @@ def test_easylm_models_give_the_logits_of_easylm(golden):
     assert np.abs(got - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
 
 
-@pytest.mark.parametrize('mesh', ['1,4,2', '8,1,1'])
-def test_weights_land_on_their_shardings(golden, mesh, monkeypatch):
-    """On eight devices every weight has the sharding of abstract_params and the reader's numbers, each read once."""
+@pytest.mark.parametrize('mesh, stack_bytes', [('1,4,2', shards.STACK_BYTES), ('8,1,1', shards.STACK_BYTES),
+                                               ('2,2,2', 0)])
+def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch):
+    """On eight devices every weight has the sharding of abstract_params and the reader's numbers, each read once.
+
+    stack_bytes=0: stacks are filled on the devices, as large ones are.
+    """
     spec, mesh = f'params::{golden}/easylm/streaming_params_fp32', make_mesh(mesh)
     config, reads, read = easylm_config(golden), [], easylm.Reader.tensor
-    reader = easylm.Reader(golden / 'easylm/streaming_params_fp32', 'params', 16)
-    monkeypatch.setattr(easylm.Reader, 'tensor', lambda *args: reads.append(args[1:]) or read(*args))
+    whole = load.open_reader(spec, config)
+
+    def counted(*args):
+        part = read(*args)
+        reads.append((args[1:], part.size))
+        return part
+
+    monkeypatch.setattr(shards, 'STACK_BYTES', stack_bytes)
+    monkeypatch.setattr(easylm.Reader, 'tensor', counted)
     params = load.load_params(spec, config, mesh)
+    monkeypatch.undo()
     for leaf, target in zip(jax.tree.leaves(params), jax.tree.leaves(abstract_params(config, mesh)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (target.shape, target.dtype, target.sharding)
-    assert len(reads) == len(set(reads)) == 21
-    for layer in range(2):
-        np.testing.assert_array_equal(params.layers.w_down[layer], read(reader, 'layers.w_down', layer))
-    np.testing.assert_array_equal(params.head, read(reader, 'head', None))
+    assert len(reads) == len(dict(reads))
+    assert sum(size for _, size in reads) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert_equal_whole_tensors(params, whole, config)
+
+
+def assert_equal_whole_tensors(params, reader, config):
+    for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+        leaf = np.asarray(leaf)
+        for layer in range(weight.shape[0]) if weight.stacked else [None]:
+            np.testing.assert_array_equal(leaf if layer is None else leaf[layer], reader.tensor(weight.name, layer))
+
+
+@pytest.mark.parametrize('mesh', ['1,1,8', '1,4,2', '2,1,4'])
+@pytest.mark.parametrize('kind', ['hf', 'gguf', 'gguf_quantised', 'params', 'bf16', 'flax_params'])
+def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, mesh):
+    """Bit for bit; mp=8 cuts 4 key/value heads in two, fsdp=4 cuts rows of 64 in quantised blocks of 32."""
+    config = LlamaConfig(64, 64, 128, 2, 8, 8 if kind in ('params', 'bf16', 'flax_params') else 4)
+    rng = np.random.default_rng(0)
+    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    tensor = lambda name, layer: rng.standard_normal(shapes[name], np.float32)
+    if kind in ('hf', 'gguf', 'gguf_quantised'):
+        huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
+        spec = f'hf::{tmp_path}/hf'
+    if kind.startswith('gguf'):
+        kinds = [GGMLQuantizationType.Q8_0] if kind == 'gguf_quantised' else None
+        spec = f'gguf::{write_gguf(tmp_path / "model.gguf", tmp_path / "hf", kinds)}'
+    if kind in ('params', 'bf16', 'flax_params'):
+        easylm_writer.write_params(tmp_path / 'p', tensor, config, 'bf16' if kind == 'bf16' else 'fp32')
+        spec = f'params::{tmp_path}/p'
+    if kind == 'flax_params':
+        tree = {}
+        for key, value in stream(tmp_path / 'p'):
+            functools.reduce(lambda node, part: node.setdefault(part, {}), key[:-1], tree)[key[-1]] = flax_array(value)
+        (tmp_path / 'f').write_bytes(msgpack.packb(tree))
+        spec = f'flax_params::{tmp_path}/f'
+    params = load.load_params(spec, config, make_mesh(mesh))
+    assert_equal_whole_tensors(params, load.open_reader(spec, config), config)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_a_part_of_a_file_is_that_part(tmp_path, monkeypatch, dtype):
+    """Rows, columns and corners, a block boundary within them, equal numpy's slices."""
+    monkeypatch.setattr(reading, 'BLOCK_BYTES', 3 * 11 * np.dtype(dtype).itemsize)
+    array = np.random.default_rng(0).standard_normal((13, 11)).astype(dtype)
+    path = tmp_path / 'file'
+    path.write_bytes(b'header' + array.tobytes())
+    for rows in ((0, 13), (0, 4), (5, 13), (2, 3)):
+        for columns in ((0, 11), (0, 5), (4, 11), (10, 11)):
+            part = reading.read_part(path, dtype, array.shape, 6, (rows, columns))
+            assert part.dtype == dtype and part.tobytes() == array[slice(*rows), slice(*columns)].tobytes()
+
+
+def test_host_bytes_are_four_slices():
+    """65b on eight devices: 4 x an eighth of the embedding; on one, 4 x the embedding and not a stack of 57 GB."""
+    config = MODELS['65b']
+    assert load.host_bytes(config, make_mesh('1,8,1')) == 4 * (32000 * 8192 * 4 // 8)
+    assert load.host_bytes(config, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (32000 * 8192 * 4)
+    small = LlamaConfig(64, 64, 128, 2, 8)  # its stacks are put together on the host
+    assert load.host_bytes(small, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (2 * 64 * 128 * 4)
+
+
+MEASURED = '''
+import pathlib, sys
+import jax, numpy as np
+from checkpoint import easylm, huggingface, load, shards
+from model.config import LlamaConfig
+from model.partition import make_mesh
+from jax.sharding import NamedSharding, PartitionSpec
+config, mesh = LlamaConfig(4096, 1024, 2816, 7, 8, max_sequence_length=128), make_mesh('1,1,1')
+target = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, PartitionSpec(None)))
+shards.STACK_BYTES = 0
+shards.fill_stack(target(2, 8, 8), lambda layer, bounds: np.zeros((8, 8), np.float32))  # the compiler is in memory
+status = lambda: {line.split(':')[0]: int(line.split()[1]) * 1024
+                  for line in open('/proc/self/status') if line.startswith('Vm')}
+pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
+before = status()['VmRSS']
+params = jax.block_until_ready(load.load_params(sys.argv[1], config, mesh))
+peak = status()['VmHWM'] - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print('BESIDE', peak, load.host_bytes(config, mesh))
+'''
+
+
+@pytest.mark.parametrize('kind', ['hf', 'params'])
+def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
+    """Loading 390 MB, of which a stack is 81 MB, takes no more than host_bytes (4 x 17 MB) beside the result.
+
+    MALLOC_MMAP_THRESHOLD_: what is freed goes back to the system and is not counted.
+    """
+    config = LlamaConfig(4096, 1024, 2816, 7, 8, max_sequence_length=128)
+    tile = np.random.default_rng(0).random(2**22, np.float32)
+    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    tensor = lambda name, layer: tile[:np.prod(shapes[name])].reshape(shapes[name])
+    if kind == 'hf':
+        huggingface_writer.write(tmp_path / 'model', tensor, config, None, None, 'bf16', 10**12)
+    else:
+        easylm_writer.write_params(tmp_path / 'model', tensor, config, 'bf16')
+    done = subprocess.run([sys.executable, '-c', MEASURED, f'{kind}::{tmp_path}/model'], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT), XLA_FLAGS='', MALLOC_MMAP_THRESHOLD_=str(2**20)))
+    assert done.returncode == 0, done.stderr
+    beside, bound = map(int, done.stdout.split('BESIDE ')[1].split())
+    assert beside < bound, (beside, bound)
+
+
+PROCESS = '''
+import json, pathlib, sys
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from checkpoint import easylm, load, shards
+from model.config import LlamaConfig
+from model.partition import make_mesh
+golden = pathlib.Path(sys.argv[3])
+config = LlamaConfig(**json.loads((golden / 'model.json').read_text()))
+reads, read = [], easylm.Reader.tensor
+easylm.Reader.tensor = lambda *args: reads.append(part := read(*args)) or part
+shards.STACK_BYTES = 0
+spec, count = f'params::{golden}/streaming_params_fp32', 0
+params = load.load_params(spec, config, make_mesh('!1,4,2'))
+read_here, whole = sum(part.size for part in reads), load.open_reader(spec, config)
+for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+    stored = lambda layer: read(whole, weight.name, layer)
+    array = np.stack([stored(layer) for layer in range(weight.shape[0])]) if weight.stacked else stored(None)
+    assert not leaf.is_fully_addressable
+    for shard in leaf.addressable_shards:
+        np.testing.assert_array_equal(shard.data, array[shard.index])
+    count += leaf.size if leaf.is_fully_replicated else leaf.size // 2
+print('READ', read_here, count)
+'''
+
+
+def test_two_processes_read_half_of_the_file_each(golden):
+    """Each reads its own four devices' parts (half of every matrix, and the norms), and holds the file's numbers."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+    env = os.environ | dict(PYTHONPATH=str(ROOT), XLA_FLAGS='--xla_force_host_platform_device_count=4')
+    processes = [subprocess.Popen([sys.executable, '-c', PROCESS, address, str(i), str(golden / 'easylm')],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for i in range(2)]
+    for process in processes:
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        read, expected = out.split('READ ')[1].split()
+        assert read == expected
 
 
 @pytest.mark.parametrize('changes, message', [

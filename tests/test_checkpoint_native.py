@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from checkpoint import native
+from checkpoint import native, shards
 from model.partition import make_mesh
 
 
@@ -66,12 +66,11 @@ def test_every_device_reads_its_own_slice_only(tmp_path, monkeypatch):
     """The parts that are read add up to one copy of the array, though eight devices hold two copies."""
     arrays = {'w': state()['params.layers.w_q']}
     save(tmp_path, 1, arrays)
-    sizes = []
-    keep_sizes = native.from_parts
-    monkeypatch.setattr(native, 'from_parts', lambda target, parts: sizes.extend(
-        part.size for part in parts.values()) or keep_sizes(target, parts))
+    sizes, fill_stack = [], shards.fill_stack
+    monkeypatch.setattr(shards, 'fill_stack', lambda target, read: fill_stack(
+        target, lambda *part: sizes.append((array := read(*part)).size) or array))
     native.restore(tmp_path, 1, targets(arrays))
-    assert sizes == [3 * 16 * 8 // 4] * 4
+    assert sizes == [16 * 8 // 4] * 3 * 4
 
 
 class Killed(BaseException):
@@ -307,6 +306,18 @@ def test_restored_memory_is_not_shared_with_numpy():
     start = -raw.ctypes.data % 64
     buffer = raw[start:start + 4096].view(np.float32)
     sharding = NamedSharding(make_mesh('1,1,1', jax.devices()[:1]), P())
-    array = native.from_parts(jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=sharding), {((0, 1024),): buffer})
+    array = shards.fill(jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=sharding), lambda bounds: buffer)
     buffer[:] = 1
     assert float(array.sum()) == 0
+
+
+@pytest.mark.parametrize('chunk_bytes', [64, 160, 1 << 25])
+def test_no_file_holds_parts_of_two_shards(tmp_path, monkeypatch, chunk_bytes):
+    """Two processes may write side by side: 24 rows over 4 devices, in chunks of at most 2, 5 (which does not divide
+    a part of 6) or all of its rows."""
+    monkeypatch.setattr(native, 'CHUNK_BYTES', chunk_bytes)
+    array = put(np.arange(24 * 16, dtype=np.float32).reshape(24, 16), 'fsdp', 'mp')
+    path = save(tmp_path, 1, {'w': array}) / 'arrays/w'
+    store = native.ts.open(native._store_spec(path), open=True).result()
+    files = [file for shard in array.addressable_shards for file in native._chunk_files(path, store, shard.index)]
+    assert len(files) == len(set(files)) == len(list(path.glob('c/*/*')))

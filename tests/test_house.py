@@ -17,7 +17,7 @@ ROOMS = {  # room -> the rooms it may import from; entry points may import every
     'checkpoint': {'model', 'data'},
     'evaluation': {'data'},
     'serving': {'model', 'data'},
-    'training': {'model', 'data'},
+    'training': {'model', 'data', 'tpu'},  # the planner compiles a step for TPUs
     'configs': set(),
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).glob('*.py') if path.stem != '__init__')
@@ -56,7 +56,7 @@ def test_nothing_unpickles_or_evaluates_strings(path):
 @pytest.mark.parametrize('text', ['README.md', 'BUILD.md', 'quickstart.sh'])
 def test_printed_commands_have_flags_that_exist(text):
     """Every `python PROGRAM.py` line of the documents and of the quickstart is understood by that program."""
-    tables = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE,
+    tables = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE, 'plan.py': flags.PLAN,
               'evaluate.py': flags.EVALUATE, 'assets.py': flags.ASSETS, 'convert.py': flags.CONVERT}
     joined = (ROOT / text).read_text().replace('\\\n', ' ').replace('"$@"', '')
     found = re.findall(r'(?:python|"\$PYTHON"|\$PYTHON) (\w+\.py)((?: +--[^`#\n]*)?)', joined)

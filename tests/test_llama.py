@@ -3,6 +3,7 @@ LLaMA.
 """
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from checkpoint import easylm, load
 from checkpoint.rotary_order import half_split_from_interleaved
 from model import llama, loss
 from model.config import MODELS, Compute, LlamaConfig
+from model.partition import BATCH, make_mesh
 
 HUGGINGFACE = ('mha_untied', 'gqa_tied', 'llama31_rope', 'head_dim_100')
 
@@ -67,7 +69,7 @@ def test_logits_loss_and_gradients_equal_easylm(golden):
     def value_and_grad(params, inputs_BT, targets_BT, mask_BT):
         def mean_loss(params):
             h_BTM, _ = llama.hidden_states(params, inputs_BT, jnp.ones_like(inputs_BT), config, Compute())
-            nll_BT, correct_BT = loss.token_cross_entropy(params, h_BTM, targets_BT)
+            nll_BT, correct_BT = loss.token_cross_entropy(params, h_BTM, targets_BT, Compute())
             return loss.row_mean_loss(nll_BT, correct_BT, mask_BT, jnp.ones_like(mask_BT[:, 0]))[0]
         return jax.value_and_grad(mean_loss)(params)
 
@@ -150,7 +152,8 @@ def test_bf16_compute_stays_near_float32():
 
 def test_remat_changes_no_gradient():
     """What is recomputed is what was computed: gradients with a layer, or its attention and its ffn, recomputed
-    equal those without, to reassociation; and nothing_saveable makes the backward pass compute more products.
+    equal those without, to reassociation; nothing_saveable makes the backward pass compute products again, of which
+    save:gate,up saves two.
     """
     params = llama.init_params(TINY, one_device(), 5)
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
@@ -165,27 +168,54 @@ def test_remat_changes_no_gradient():
         return compiled.compile()(params, tokens), compiled.as_text().count('dot_general')
 
     plain, products = gradient()
-    for remat in (dict(remat_block='nothing_saveable'), dict(remat_block='checkpoint_dots'),
-                  dict(remat_attention='nothing_saveable', remat_mlp='nothing_saveable')):
-        gradients, more = gradient(**remat)
+    counts = {}
+    for name, remat in dict(nothing=dict(remat_block='nothing_saveable'), dots=dict(remat_block='checkpoint_dots'),
+                            all=dict(remat_block='everything_saveable'), ffn=dict(remat_block='save:gate,up'),
+                            parts=dict(remat_attention='nothing_saveable', remat_mlp='nothing_saveable')).items():
+        gradients, counts[name] = gradient(**remat)
         jax.tree.map(lambda a, b: assert_close(b, a, 1e-5), plain, gradients)
-        assert more > products or 'nothing_saveable' not in remat.values(), remat
+    assert counts['nothing'] - 2 == counts['ffn'] > products == counts['all'] < counts['parts']
 
 
-def test_chunked_cross_entropy_equals_whole(monkeypatch):
-    """Walking the positions in 4 chunks changes neither the cross entropy nor its gradient."""
-    params = llama.init_params(TINY, one_device(), 6)
-    h = np.random.default_rng(0).normal(size=(2, 8, 64)).astype(np.float32)
-    targets = np.arange(16, dtype=np.int32).reshape(2, 8)
+def test_a_remat_policy_that_is_not_known_is_refused_with_those_that_are():
+    for policy in ('some', 'save:', 'save:q,gates', 'q,k'):
+        with pytest.raises(ValueError, match=f'{policy=} is not known.*nothing_saveable.*attention_input,q,k,v'):
+            llama.remat_policy(policy)
 
-    def nll_and_grad(params, h, targets):
-        nll, backward, _ = jax.vjp(lambda h: loss.token_cross_entropy(params, h, targets), h, has_aux=True)
-        return nll, backward(jnp.arange(16, dtype=jnp.float32).reshape(nll.shape) + 0 * nll)
 
-    run = lambda: on_mesh(nll_and_grad, TINY, one_device())(params, h, targets)
-    whole = run()
-    monkeypatch.setattr(loss, 'CHUNK_ELEMENTS', 2 * 2 * 256)
-    jax.tree.map(lambda a, b: assert_close(b, a, 1e-6), whole, run())
+@pytest.mark.parametrize('mesh_dim', ['1,1,1', '1,2,4'])
+def test_cross_entropy_in_chunks_of_the_vocabulary_is_the_textbook_one(monkeypatch, mesh_dim):
+    """-log softmax at the target and JAX's own gradients of it, whole and in chunks of 3/8 of a device's vocabulary (so
+    that the last begins early); the likeliest token is counted as correct.  To 1e-5 of the largest element.
+    """
+    mesh = make_mesh(mesh_dim, jax.devices()[:math.prod(map(int, mesh_dim.split(',')))])
+    params = llama.init_params(TINY, mesh, 6)
+    rng = np.random.default_rng(0)
+    h, targets = rng.normal(size=(2, 8, 64)).astype(np.float32), rng.integers(0, 256, (2, 8)).astype(np.int32)
+    weights = np.arange(16, dtype=np.float32).reshape(2, 8)
+
+    def ours(params, h, targets, weights):
+        total = lambda params, h: jnp.sum(loss.token_cross_entropy(params, h, targets, Compute())[0] * weights)
+        nll, correct = loss.token_cross_entropy(params, h, targets, Compute())
+        dparams, dh = jax.grad(total, (0, 1))(params, h)
+        return nll, correct, dparams.head, dh
+
+    def textbook(head, h):
+        log_p = jax.nn.log_softmax(jnp.einsum('BPM,VM->BPV', h, head))
+        nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        return (nll * weights).sum(), nll
+
+    head = jax.device_get(params.head)
+    likeliest = np.argmax(h @ head.T, axis=-1)
+    targets[0] = likeliest[0]
+    (_, nll), (dhead, dh) = jax.value_and_grad(textbook, (0, 1), has_aux=True)(head, h)
+    for elements in (1 << 24, -(-3 * 256 // mesh.shape['mp'] // 8) * 16 // mesh.shape['fsdp']):
+        monkeypatch.setattr(loss, 'CHUNK_ELEMENTS', elements)
+        run = on_mesh(ours, TINY, mesh, (BATCH, BATCH, llama.partitions(TINY).head, BATCH))
+        got = jax.device_get(run(params, h, targets, weights))
+        np.testing.assert_array_equal(got[1], likeliest == targets)
+        for a, b in zip((got[0], *got[2:]), (nll, dhead, dh), strict=True):
+            assert_close(a, b, 1e-5)
 
 
 def test_loss_is_the_mean_of_row_means():

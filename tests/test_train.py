@@ -16,7 +16,6 @@ import train
 from checkpoint import load, native
 from model.config import MODELS, LlamaConfig, named_config
 from model.partition import make_mesh
-from training import loop
 from training.optimizer import AdamW, Palm
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -100,17 +99,6 @@ def test_a_row_has_what_the_log_promises(golden, tmp_path, capsys):
     for words in ('platform cpu', 'mesh dp=1,fsdp=8,mp=1', 'attention reference', '176,448 parameters', 'GB a device',
                   'step_00000001', 'metrics.jsonl', 'serve.py --load_checkpoint='):
         assert words in log or words in capsys.readouterr().err, words
-
-
-def test_a_shape_is_compiled_once():
-    """Steps 2 and 3 of the same shape reuse the program; another shape is one more."""
-    jitted = jax.jit(lambda state, batch: (state + batch.tokens_BT.sum(), {}))
-    step = loop.CompiledStep(jitted, lambda line: None)
-    batch = lambda T: loop.Batch(np.ones((2, T), np.int32), None, None, None, None, None)
-    state = jax.numpy.int32(0)
-    for T in (4, 4, 8, 4):
-        state, _ = step(state, batch(T))
-    assert len(step.programs) == 2 and int(state) == 40
 
 
 def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path):

@@ -1,4 +1,4 @@
-"""What the programs share: whether prompts begin with bos, and the private directory of compiled programs."""
+"""What the programs share: whether prompts begin with bos, the directory of compiled programs, flags of processes."""
 import stat
 
 import jax
@@ -43,22 +43,44 @@ def distributed(*arguments):
 
 @pytest.mark.parametrize('switch', ['jax_distributed.initialize_jax_distributed', 'initialize_jax_distributed'])
 def test_processes_start_as_the_flags_say(monkeypatch, switch):
-    """What is given goes to jax.distributed.initialize under its names, what is not is left to JAX."""
+    """What is given goes to jax.distributed.initialize under its names, what is not is left to JAX; with our times."""
     calls = []
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **values: calls.append(values))
+    times = dict(initialization_timeout=wiring.MEETING_SECONDS, heartbeat_timeout_seconds=wiring.HEARTBEAT_SECONDS)
     distributed()
     distributed(f'--{switch}=True')
     distributed(f'--{switch}=True', '--jax_distributed.coordinator_address=host:1', '--jax_distributed.num_processes=1',
                 '--jax_distributed.process_id=0', '--jax_distributed.local_device_ids=0,2')
-    assert calls == [{}, dict(coordinator_address='host:1', num_processes=1, process_id=0, local_device_ids=[0, 2])]
+    assert calls == [times, times | dict(coordinator_address='host:1', num_processes=1, process_id=0,
+                                         local_device_ids=[0, 2])]
 
 
-def test_flags_of_processes_that_do_nothing_or_ask_too_much_are_refused(monkeypatch):
+def test_flags_of_processes_that_do_nothing_or_say_nothing_are_refused(monkeypatch):
     with pytest.raises(ValueError, match='jax_distributed.num_processes has no effect without --jax_distributed.init'):
         distributed('--jax_distributed.num_processes=2')
-    monkeypatch.setattr(jax.distributed, 'initialize', lambda **values: None)
     with pytest.raises(ValueError, match="local_device_ids='0;1' must be numbers"):
         distributed('--initialize_jax_distributed=True', '--jax_distributed.local_device_ids=0;1')
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    with pytest.raises(ValueError, match='2 processes: .* a run must fit one host'):
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **values: jax._src.distributed.State().initialize())
+    with pytest.raises(ValueError, match='coordinator_address should be .*outside .* give --jax_distr'):
         distributed('--initialize_jax_distributed=True')
+
+
+def test_a_host_of_a_slice_that_was_started_alone_is_refused(monkeypatch):
+    """On one host of many JAX counts all, but nobody has called them together."""
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    with pytest.raises(ValueError, match='one of 4 hosts of a slice: start the program on all of them with --jax_dist'):
+        wiring.open_model(flags.parse(['serve.py'], flags.SERVE, ''))
+
+
+def test_flags_of_another_process_are_compared_by_name(monkeypatch):
+    """process_id may differ; any other flag is named with both values."""
+    ours = flags.parse(['serve.py', '--mesh_dim=1,1,8'], flags.SERVE, '')
+    theirs = flags.parse(['serve.py', '--mesh_dim=1,2,4', '--jax_distributed.process_id=1'], flags.SERVE, '')
+    sent = []
+    monkeypatch.setattr(wiring.processes, 'exchange', lambda text: sent.append(text) or [text])
+    wiring.refuse_other_flags(theirs)
+    monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [text, sent[0]])
+    with pytest.raises(ValueError, match="mesh_dim is '1,1,8' on process 0 and '1,2,4' on process 1: start all"):
+        wiring.refuse_other_flags(ours)
+    monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [sent[0], text])
+    wiring.refuse_other_flags(flags.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))

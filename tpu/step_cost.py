@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import re
 
-COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
-INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ([\w\-]+)\(')
+from tpu import hlo
+
 PALLAS = 'custom_call_target="tpu_custom_call"'
 
 
@@ -30,70 +30,41 @@ class StepCost:
 
 
 def step_cost(text: str) -> StepCost:
-    """The cost of an optimised module's text (`compile_for(…).text`).
+    """The cost of an optimised module's text (`compile_for(…).text`).  Of a conditional the dearest branch is taken.
 
     Raises:
       ValueError: the text has no entry computation, or a loop's trip count cannot be read.
     """
-    computations, entry = split_computations(text)
-    if entry is None:
-        raise ValueError('no ENTRY computation in the text: pass the optimised HLO of a compiled program')
-    return computation_cost(computations, entry, {})
+    module = hlo.parse(text)
+    return computation_cost(module, module.entry, {})
 
 
-def split_computations(text: str) -> tuple[dict[str, list[str]], str | None]:
-    computations, entry, current = {}, None, None
-    for line in text.splitlines():
-        match = COMPUTATION.match(line)
-        if match:
-            current = computations[match[2]] = []
-            entry = match[2] if match[1] else entry
-        elif current is not None and ' = ' in line:
-            current.append(line)
-    return computations, entry
-
-
-def computation_cost(computations: dict[str, list[str]], name: str, known: dict[str, StepCost]) -> StepCost:
+def computation_cost(module: hlo.Module, name: str, known: dict[str, StepCost]) -> StepCost:
     if name in known:
         return known[name]
     cost = StepCost()
-    for line in computations[name]:
-        match = INSTRUCTION.match(line)
-        if not match:
-            continue
-        instruction, opcode = match.groups()
-        cycles = re.search(r'"estimated_cycles":"?(\d+)', line)
-        if opcode == 'while':
-            cost.add(computation_cost(computations, called(line, 'body'), known), trips(computations, line))
-        elif opcode == 'call':
-            cost.add(computation_cost(computations, called(line, 'to_apply'), known), 1)
-        elif opcode == 'conditional':  # the dearest branch
-            branches = re.findall(r'%([\w.\-]+)', re.search(r'branch_computations=\{(.*?)\}|$', line)[1] or '')
-            branches = branches or [called(line, 'true_computation'), called(line, 'false_computation')]
-            cost.add(max((computation_cost(computations, branch, known) for branch in branches),
-                         key=lambda branch: branch.cycles), 1)
-        elif opcode == 'custom-call' and PALLAS in line:
-            cost.kernels[instruction] += 1
-        elif cycles:
-            cost.cycles += int(cycles[1])
-            cost.by_opcode[opcode] += int(cycles[1])
-        elif opcode not in ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'):
+    for instruction in module.computations[name]:
+        opcode, cycles = instruction.opcode, estimated_cycles(instruction)
+        if opcode in hlo.CONTROL:
+            branches, times = hlo.called(module, instruction)
+            cost.add(max((computation_cost(module, branch, known) for branch in branches),
+                         key=lambda branch: branch.cycles), times)
+        elif is_kernel(instruction):
+            cost.kernels[instruction.name] += 1
+        elif cycles is not None:
+            cost.cycles += cycles
+            cost.by_opcode[opcode] += cycles
+        elif opcode not in hlo.FREE:
             cost.without_estimate[opcode] += 1
     known[name] = cost
     return cost
 
 
-def called(line: str, attribute: str) -> str:
-    return re.search(rf'{attribute}=%?([\w.\-]+)', line)[1]
+def estimated_cycles(instruction: hlo.Instruction) -> int | None:
+    found = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
+    return int(found[1]) if found else None
 
 
-def trips(computations: dict[str, list[str]], line: str) -> int:
-    """A loop's trip count: what XLA found out, or the constant that its condition compares with."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    if known:
-        return int(known[1])
-    condition = ' '.join(computations[called(line, 'condition')])
-    constants = [int(number) for number in re.findall(r's32\[\]\S* constant\((\d+)\)', condition)]
-    if not constants:
-        raise ValueError(f'the trip count of this loop is not in its condition: {line.strip()[:120]}')
-    return max(constants)
+def is_kernel(instruction: hlo.Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel."""
+    return instruction.opcode == 'custom-call' and PALLAS in instruction.attributes

@@ -1,4 +1,4 @@
-"""The loop around the step: batches in, log lines and checkpoints out.  Before: training/step.py."""
+"""The loop around the step: batches in, log lines and checkpoints out.  Before: step.py, compiled.py."""
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from data.batches import Batch
 from model.partition import BATCH
+from training.compiled import CompiledStep
 from training.metrics import MetricsWriter
+from training.plan import Setting
 from training.step import TrainState
 
 
@@ -26,48 +28,35 @@ class Schedule(NamedTuple):
     save_every: tuple[int, ...]
 
 
-class CompiledStep:
-    """A jitted step, compiled once for every batch shape, and told about when it happens."""
-
-    def __init__(self, jitted, describe: Callable[[str], None]):
-        self._jitted, self._describe, self.programs = jitted, describe, {}
-
-    def __call__(self, state, batch: Batch):
-        shape = tuple(x.shape for x in jax.tree.leaves(batch))
-        if shape not in self.programs:
-            began = time.perf_counter()
-            self.programs[shape] = compiled = self._jitted.lower(state, batch).compile()
-            memory = compiled.memory_analysis()
-            gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
-            self._describe(f'compiled the step for {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens in '
-                           f'{time.perf_counter() - began:.1f} s: {gigabytes:.2f} GB a device (state and temporaries)')
-        return self.programs[shape](state, batch)
-
-
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh, rows split over dp and fsdp."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+    """The batch on the mesh, rows split over dp and fsdp.  Every process has the whole batch and puts its own rows."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows]), batch)
 
 
-def train(state: TrainState, batches: Iterator[Batch], jitted_step, mesh: Mesh, schedule: Schedule,
-          writer: MetricsWriter, *, data_position: Callable[[], dict],
-          save: Callable[[TrainState, int], None], evaluate: Callable[[TrainState], dict] | None = None) -> TrainState:
+def train(state: TrainState, batches: Iterator[Batch], setting: Setting, schedule: Schedule,
+          writer: MetricsWriter, *, data_position: Callable[[], dict], save: Callable[[TrainState, int], None],
+          evaluate: Callable[[TrainState], dict] | None = None,
+          wait_for_all: Callable[[], object] = lambda: None) -> TrainState:
     """Runs micro-steps start_step..total_steps-1 and returns the last state.
 
     `save(state, n)` is called with the number n of steps done.  `data_position()` is added to each logged row.  One
     step is kept in flight: the host prepares batch n + 1 while the devices compute step n, and never runs further
-    ahead. Raises FloatingPointError, before anything is saved, when a logged loss or gradient norm is not finite.
+    ahead.  `wait_for_all()` comes between compiling and running a step: of several processes one may find it compiled
+    already, and collectives between CPUs wait for half a minute only.  Raises FloatingPointError, before anything is
+    saved, when a logged loss or gradient norm is not finite.
     """
     start, total = schedule.start_step, schedule.total_steps
-    with tqdm(total=total, initial=start, desc='train', unit='step', mininterval=0.5) as bar:
-        step = CompiledStep(jitted_step, bar.write)
+    with tqdm(total=total, initial=start, desc='train', unit='step', mininterval=0.5,
+              disable=not writer.enabled) as bar:
+        step = CompiledStep(setting, lambda line: (bar.write(line), wait_for_all()))
         began = last_logged = time.perf_counter()
         tokens, previous = 0, None
         for n in range(start, total):
             batch = next(batches)
             tokens += batch.tokens_BT.size if batch.segments_BT is None else int(np.count_nonzero(batch.segments_BT))
             position = data_position()
-            state, metrics = step(state, put(batch, mesh))
+            state, metrics = step(state, put(batch, setting.mesh))
             if previous is not None:
                 jax.block_until_ready(previous)
             previous = metrics

@@ -11,24 +11,32 @@ import pathlib
 class MetricsWriter:
     """Writes rows to `output_dir`/metrics.jsonl; of an earlier attempt, those before `resume_step` stay.
 
+    process: of several, which one writes: names get its number from 1 on (metrics-1.jsonl).  enabled: False writes
+    nothing at all (all processes but the first, unless each is to have its log).
     tensorboard: also write scalars to output_dir/tensorboard (extra `tensorboard`).  wandb: keyword arguments of
     wandb.init, or None (extra `wandb`).  Raises ValueError naming the flag when the extra is not installed.
     """
 
     def __init__(self, output_dir: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False,
-                 wandb: dict | None = None):
-        self.path = output_dir / 'metrics.jsonl'
+                 wandb: dict | None = None, process: int = 0, enabled: bool = True):
+        suffix = f'-{process}' if process else ''
+        self.path, self.enabled, self.seconds_before = output_dir / f'metrics{suffix}.jsonl', enabled, 0.0
+        if not enabled:
+            return
         kept = []
         if self.path.exists():
             kept = [row for row in map(json.loads, self.path.read_text().splitlines()) if row['step'] < resume_step]
-        self.seconds_before = kept[-1]['seconds'] if kept else 0.0
+        if kept:
+            self.seconds_before = kept[-1]['seconds']
         self._file = open(self.path, 'w', encoding='utf-8', buffering=1)
         self._file.writelines(json.dumps(row) + '\n' for row in kept)
-        self._tensorboard = _open_tensorboard(output_dir) if tensorboard else None
+        self._tensorboard = _open_tensorboard(output_dir / f'tensorboard{suffix}') if tensorboard else None
         self._wandb = _open_wandb(wandb) if wandb is not None else None
 
     def write(self, step: int, row: dict) -> None:
         """Writes {'step': step} | row; values are plain numbers."""
+        if not self.enabled:
+            return
         self._file.write(json.dumps(dict(step=step) | row) + '\n')
         scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
         if self._tensorboard:
@@ -38,6 +46,8 @@ class MetricsWriter:
             self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
+        if not self.enabled:
+            return
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -45,12 +55,12 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def _open_tensorboard(output_dir: pathlib.Path):
+def _open_tensorboard(directory: pathlib.Path):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ValueError("logger.tensorboard=True needs the extra: pip install -e '.[tensorboard]'") from None
-    return SummaryWriter(str(output_dir / 'tensorboard'))
+    return SummaryWriter(str(directory))
 
 
 def _open_wandb(options: dict):

@@ -1,0 +1,83 @@
+"""Several processes of one run, often one a host: they agree on a value, or they fail together.  Neighbour: native.py.
+
+Everything goes through the key-value store of JAX's coordination service, which process 0 hosts (wiring.start_processes
+connects to it), so nothing here touches a device.  With one process each function is its own short cut.  All processes
+must make the same calls in the same order.
+"""
+import itertools
+import json
+import time
+from collections.abc import Callable
+
+from jax._src import distributed  # the client of the coordination service has no public name
+
+PATIENCE_SECONDS = 600  # how long one process waits for the others at one point; a dead one is noticed earlier
+_calls = itertools.count()
+
+
+def count() -> int:
+    """How many processes the run has.  (jax.process_count would start the devices.)"""
+    return distributed.global_state.num_processes
+
+
+def index() -> int:
+    """Which of them this is; 0 leads: it writes what is written once."""
+    return distributed.global_state.process_id
+
+
+def exchange(text: str) -> list[str]:
+    """Every process gives a text and gets all of them, in order.  Raises OSError naming who did not come in time."""
+    if count() == 1:
+        return [text]
+    client, call, texts = distributed.global_state.client, next(_calls), []
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    client.key_value_set(f'pallama/{call}/{index()}', text)
+    for process in range(count()):
+        try:
+            left = max(0, deadline - time.monotonic())
+            texts.append(client.blocking_key_value_get(f'pallama/{call}/{process}', int(1000 * left)))
+        except RuntimeError as error:
+            if 'DEADLINE_EXCEEDED' not in str(error):
+                raise
+            raise OSError(f'process {index()}: process {process} did not come to the same point within '
+                          f'{PATIENCE_SECONDS} s: its own log says why') from None
+    if call:
+        client.key_value_delete(f'pallama/{call - 1}/{index()}')  # all have read it: they have come here
+    return texts
+
+
+def agree(work: Callable[[], object], undo: Callable[[], object] = lambda: None) -> list:
+    """[what `work` returned on process 0, on 1, ..], JSON values.  If it fails on one process, it fails on all.
+
+    An exception is raised again where it happened; elsewhere as OSError or ValueError, naming the process.  Before that
+    every process has called `undo`, and waited for the others to have done so.
+    """
+    result = failed = None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    if count() == 1:
+        if failed:
+            undo()
+            raise failed
+        return [result]
+    said = f'{type(failed).__name__}: {failed}' if failed else None
+    answers = [json.loads(text) for text in exchange(json.dumps([said, isinstance(failed, OSError), result]))]
+    faults = [(process, said, system) for process, (said, system, _) in enumerate(answers) if said]
+    if faults:
+        undo()
+        exchange('undone')
+        if failed:
+            raise failed
+        process, said, system = faults[0]
+        raise (OSError if system else ValueError)(f'process {process} failed: {said}')
+    return [result for _, _, result in answers]
+
+
+def refuse_difference(what: str, value: str, remedy: str) -> None:
+    """Raises ValueError on every process unless all of them give the same value."""
+    values = exchange(value)
+    for process, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(f'{what} is {values[0]} on process 0 and {other} on process {process}: {remedy}')

@@ -1,0 +1,137 @@
+"""What one training step sends between devices: the literal table, and docs/PARTITIONING.md's formula for it."""
+import collections
+import dataclasses
+import re
+
+import pytest
+from helpers import MESHES, QUICK, TINY
+
+from model import llama
+from model.config import Compute
+from model.partition import make_mesh
+from tpu.collectives import collectives
+from training import optimizer, step
+
+HYPER = optimizer.AdamW(lr_warmup_steps=1, lr_decay_steps=8, bf16_momentum=True, multiply_by_parameter_scale=True)
+B, T = 8, 32
+# mesh: {(collective, axes, bytes on a device): executions}; float32, no remat, TINY (tests/helpers.py), 8 rows of 32
+TABLE = {
+    '8,1,1': {
+        ('all-reduce', 'dp', 115200): 3,  # the gradients of a layer
+        ('all-reduce', 'dp', 131336): 1,  # of embedding, head and final norm; with them loss and accuracy
+        ('all-reduce', 'dp', 4): 1,  # rows that count
+    },
+    '1,8,1': {
+        ('all-gather', 'fsdp', 4096): 6, ('reduce-scatter', 'fsdp', 4096): 6,  # w_k, w_v; their gradients
+        ('all-gather', 'fsdp', 16384): 6, ('reduce-scatter', 'fsdp', 16384): 6,  # w_q, w_o
+        ('all-gather', 'fsdp', 24576): 9, ('reduce-scatter', 'fsdp', 24576): 9,  # w_gate, w_up, w_down
+        ('all-gather', 'fsdp', 65536): 2, ('reduce-scatter', 'fsdp', 65536): 2,  # embedding, head
+        ('all-reduce', 'fsdp', 512): 3,  # gradients of a layer's norms
+        ('all-reduce', 'fsdp', 360): 1,  # of the final norm; what the optimizer sums
+        ('all-reduce', 'fsdp', 8): 2,
+    },
+    '1,1,8': {
+        ('all-gather', 'mp', 65536): 14, ('reduce-scatter', 'mp', 65536): 14,  # activations
+        ('all-gather', 'mp', 4096): 6, ('reduce-scatter', 'mp', 4096): 6,  # w_k, w_v: four devices share a head
+        ('all-reduce', 'mp', 1024): 1, ('all-reduce', 'mp', 1028): 2,  # maximum, sum and target of the cross entropy
+        ('all-reduce', 'mp', 512): 3,
+        ('all-reduce', 'mp', 348): 1, ('all-reduce', 'mp', 8): 1,
+    },
+    '1,4,2': {
+        ('all-gather', 'fsdp', 2048): 6, ('reduce-scatter', 'fsdp', 2048): 6,
+        ('all-gather', 'fsdp', 8192): 6, ('reduce-scatter', 'fsdp', 8192): 6,
+        ('all-gather', 'fsdp', 12288): 9, ('reduce-scatter', 'fsdp', 12288): 9,
+        ('all-gather', 'fsdp', 32768): 2, ('reduce-scatter', 'fsdp', 32768): 2,
+        ('all-gather', 'mp', 16384): 14, ('reduce-scatter', 'mp', 16384): 14,
+        ('all-reduce', 'fsdp+mp', 512): 3,
+        ('all-reduce', 'mp', 256): 1, ('all-reduce', 'mp', 512): 1,
+        ('all-reduce', 'fsdp+mp', 320): 1, ('all-reduce', 'fsdp+mp', 36): 1, ('all-reduce', 'fsdp+mp', 4): 2,
+        ('all-reduce', 'fsdp', 12): 1,
+    },
+    '2,2,2': {
+        ('all-gather', 'fsdp', 2048): 6, ('reduce-scatter', 'fsdp', 2048): 6,
+        ('all-gather', 'fsdp', 8192): 6, ('reduce-scatter', 'fsdp', 8192): 6,
+        ('all-gather', 'fsdp', 12288): 9, ('reduce-scatter', 'fsdp', 12288): 9,
+        ('all-gather', 'fsdp', 32768): 2, ('reduce-scatter', 'fsdp', 32768): 2,
+        ('all-gather', 'mp', 16384): 14, ('reduce-scatter', 'mp', 16384): 14,
+        ('all-reduce', 'dp', 28672): 3, ('all-reduce', 'dp', 32768): 1,  # of gradients that are scattered already
+        ('all-reduce', 'dp+fsdp+mp', 512): 3,
+        ('all-reduce', 'mp', 256): 1, ('all-reduce', 'mp', 512): 1,
+        ('all-reduce', 'dp+fsdp+mp', 256): 1, ('all-reduce', 'fsdp+mp', 64): 1, ('all-reduce', 'fsdp+mp', 36): 1,
+        ('all-reduce', 'fsdp+mp', 4): 2, ('all-reduce', 'dp+fsdp', 12): 1,
+    },
+}
+
+
+def compiled_collectives(mesh_dim: str, **compute) -> dict:
+    mesh = make_mesh(mesh_dim)
+    lowered = step.make_train_step(TINY, Compute(**compute), HYPER, 1, mesh).lower(
+        step.abstract_state(TINY, HYPER, 1, mesh), step.abstract_batch(mesh, B, T))
+    found = collectives(lowered.compile(compiler_options=QUICK).as_text(), mesh)
+    return {(one.kind, '+'.join(one.axes), one.bytes): one.times for one in found}
+
+
+def predicted(mesh_dim: str, remat: bool) -> dict:
+    """docs/PARTITIONING.md: bytes of one device by (collective, axes), of everything above 2 KB; float32."""
+    dp, fsdp, mp = map(int, mesh_dim.split(','))
+    N, M, K, D = TINY.num_hidden_layers, TINY.hidden_size, TINY.num_key_value_heads, TINY.head_dim
+    matrices = [spec for spec in optimizer.spec_leaves(llama.weight_specs(TINY)) if spec.init == 'normal']
+    layers, ends = (4 * sum(spec.size for spec in matrices if spec.stacked is stacked) for stacked in (True, False))
+    activation = 4 * B // (dp * fsdp) * T * M
+    shared = 4 * N * 2 * M * K * D if mp > K else 0
+    total = collections.Counter()
+    if fsdp > 1:
+        total['all-gather', 'fsdp'] = ((1 + remat) * layers + ends) // mp
+        total['reduce-scatter', 'fsdp'] = (layers + ends) // mp
+    if dp > 1:
+        total['all-reduce', 'dp'] = (layers + ends) // (fsdp * mp)
+    if mp > 1:
+        total['all-gather', 'mp'] = ((4 + 2 * remat) * N + 2) * activation + (1 + remat) * shared
+        total['reduce-scatter', 'mp'] = ((4 + remat) * N + 2) * activation + shared
+    return total
+
+
+@pytest.fixture(scope='module')
+def found():
+    return {mesh_dim: compiled_collectives(mesh_dim) for mesh_dim in MESHES}
+
+
+@pytest.mark.parametrize('mesh_dim', MESHES)
+def test_collectives_of_one_step_are_these(found, mesh_dim):
+    assert found[mesh_dim] == TABLE[mesh_dim]
+
+
+@pytest.mark.parametrize('mesh_dim, remat', [(mesh_dim, False) for mesh_dim in MESHES] + [('2,2,2', True)])
+def test_the_formula_predicts_their_bytes(found, mesh_dim, remat):
+    """Exactly, but for the norms' gradients and scalars: these are all below 2 KB."""
+    total = collections.Counter()
+    rows = compiled_collectives(mesh_dim, remat_block='nothing_saveable') if remat else found[mesh_dim]
+    for (kind, axes, size), times in rows.items():
+        if size >= 2048:
+            total[kind, axes] += size * times
+    if mesh_dim == '8,1,1':  # combined with those of matrices: norms' gradients and two scalars
+        total['all-reduce', 'dp'] -= 3 * 512 + 256 + 8
+    assert total == predicted(mesh_dim, remat)
+
+
+def test_programs_do_not_grow_with_depth():
+    """2 and 20 layers lower to programs of the same length: layers are a loop, in the forward pass and the backward."""
+    mesh = make_mesh('1,4,2')
+
+    def lines(layers):
+        config = dataclasses.replace(TINY, num_hidden_layers=layers)
+        return len(step.make_train_step(config, Compute(), HYPER, 1, mesh).lower(
+            step.abstract_state(config, HYPER, 1, mesh), step.abstract_batch(mesh, B, T)).as_text().splitlines())
+
+    assert lines(2) == lines(20)
+
+
+@pytest.mark.parametrize('reduce_gradients, dtype', [('', 'bf16'), ('bf16', 'bf16'), ('fp32', 'f32')])
+def test_gradients_are_summed_in_the_dtype_of_the_flag(reduce_gradients, dtype):
+    """With bfloat16 products: every gradient's reduce-scatter over fsdp and sum over dp; weights travel as bfloat16."""
+    mesh = make_mesh('2,4,1')
+    text = step.make_train_step(TINY, Compute('bf16', reduce_gradients=reduce_gradients), HYPER, 1, mesh).lower(
+        step.abstract_state(TINY, HYPER, 1, mesh), step.abstract_batch(mesh, B, T)).as_text()
+    results = lambda name: re.findall(rf'stablehlo\.{name}"?\(.*?\) -> \(?tensor<[\dx]*?(bf16|f32)>', text, re.DOTALL)
+    assert set(results('all_gather')) == {'bf16'}
+    assert set(results('reduce_scatter')) == {dtype}
