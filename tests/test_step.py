@@ -126,12 +126,14 @@ def test_programs_do_not_grow_with_depth():
     assert lines(2) == lines(20)
 
 
-@pytest.mark.parametrize('reduce_gradients, dtype', [('', 'bf16'), ('bf16', 'bf16'), ('fp32', 'f32')])
-def test_gradients_are_summed_in_the_dtype_of_the_flag(reduce_gradients, dtype):
-    """With bfloat16 products: every gradient's reduce-scatter over fsdp and sum over dp; weights travel as bfloat16."""
+@pytest.mark.parametrize('reduce_gradients, in_float32', [('', 0), ('bf16', 0), ('fp32', 9)])
+def test_gradients_are_summed_in_the_dtype_of_the_flag(reduce_gradients, in_float32):
+    """With bfloat16 products: the reduce-scatters of the seven matrices of a layer, embedding and head; weights travel as
+    bfloat16 in any case.
+    """
     mesh = make_mesh('2,4,1')
     text = step.make_train_step(TINY, Compute('bf16', reduce_gradients=reduce_gradients), HYPER, 1, mesh).lower(
         step.abstract_state(TINY, HYPER, 1, mesh), step.abstract_batch(mesh, B, T)).as_text()
     results = lambda name: re.findall(rf'stablehlo\.{name}"?\(.*?\) -> \(?tensor<[\dx]*?(bf16|f32)>', text, re.DOTALL)
     assert set(results('all_gather')) == {'bf16'}
-    assert set(results('reduce_scatter')) == {dtype}
+    assert results('reduce_scatter').count('f32') == in_float32
