@@ -5,6 +5,7 @@
 # make test-tpu          the kernels through the TPU compiler, without a TPU (installs libtpu, 700 MB)
 # make compile-tpu       every kernel at every shape for v4, v5e, v5p and v6e
 # make benchmark-tpu     the table of the kernels' static times: hours
+# make benchmark-cpu     seconds a training step beside a torch loop (installs torch)
 # make lint              ruff
 # Each target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
 
@@ -15,7 +16,7 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: quickstart quickstart-full test test-oracle test-tpu compile-tpu benchmark-tpu lint model assets
+.PHONY: quickstart quickstart-full test test-oracle test-tpu compile-tpu benchmark-tpu benchmark-cpu lint model assets
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	@echo "== installing the extra '$*' into $(VENV) (a minute or two the first time)"
@@ -55,6 +56,9 @@ compile-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
 
 benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
 	$(BIN)/python -m kernels.benchmark --target=v5e,v6e
+
+benchmark-cpu: $(VENV)/installed-oracle
+	$(BIN)/python -m training.benchmark
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
