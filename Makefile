@@ -58,7 +58,7 @@ benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
 	$(BIN)/python -m kernels.benchmark --target=v5e,v6e
 
 benchmark-cpu: $(VENV)/installed-oracle
-	$(BIN)/python -m training.benchmark
+	$(BIN)/python -m training.benchmark --variant=ynn:--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT --output=$(RUNS)/benchmark_cpu.json
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -213,7 +213,7 @@ def test_sizes_come_from_the_name_else_the_flags_and_the_update_comes_last():
     (['--load_llama_config=3b', '--llama.hidden_size=64'], 'llama.hidden_size=64 and load_llama_config=.3b. both say'),
     (['--update_llama_config=dict(hidden_siz=64)'], "update_llama_config: unknown model fields .'hidden_siz'."),
     (['--update_llama_config=dict(hidden_size="64")'], "update_llama_config: hidden_size='64' must be int"),
-    (['--update_llama_config=dict(remat_block="some")'], "remat_block='some' must be one of"),
+    (['--update_llama_config=dict(remat_block="some")'], "remat policy='some' is not known"),
     (['--update_llama_config=dict(attn_pdrop=0.1)'], 'attn_pdrop must stay 0.0: there is no dropout'),
     (['--update_llama_config=dict(hidden_size=__import__("os").getpid())'], 'must be names with literal values'),
     (['--update_llama_config=dict(**{})'], 'must be names with literal values'),
