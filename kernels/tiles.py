@@ -139,6 +139,6 @@ def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool,
             plan = Plan(*sizes, causal, segments, dtype, smaller)
             if vmem_bytes(plan, backward) <= chip.vmem_bytes:
                 return plan
-    raise ValueError(f'{T=} is too long for {kind}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
+    raise ValueError(f'{T=} is too long for {chip.name}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
                      f'{vmem_bytes(plan, backward) / MIB:.0f} of {chip.vmem_bytes // MIB} MiB; '
                      'split the sequence over devices')

@@ -157,6 +157,8 @@ def test_reference_gradients_equal_finite_differences():
 @pytest.mark.parametrize('tiles, message', [
     (dict(heads=0), 'self.heads=0'), (dict(diagonal=64), 'self.diagonal=64 must be a multiple of 128'),
     (dict(strip=384), 'block=512 must be a multiple of strip=384'), (dict(turn=192), 'turn=192'),
+    (dict(turn=384), 'block=512 must be a multiple of turn=384'),
+    (dict(strip=64), 'strip=64 must be a multiple of diagonal=128'),
 ])
 def test_bad_tiles_are_refused(tiles, message):
     with pytest.raises(ValueError, match=message):
@@ -168,7 +170,8 @@ def test_wrong_arguments_are_refused_before_compilation():
     q, k = jnp.zeros((2, 128, 6, 64)), jnp.zeros((2, 128, 2, 64))
     call = functools.partial(flash.flash_attention, scale=1.0, tiles=(SQUARES, SQUARES), interpret=NAN_FILLED)
     for arguments, options, message in (
-            ((q, k[:, :64], k), {}, 'must be .B,T,H,D.'), ((q[:, :, :5], k, k), {}, 'H a multiple of K'),
+            ((q, k[:, :64], k), {}, 'must be .B,T,H,D.'), ((q, k[:, :64], k[:, :64]), {}, 'must be .B,T,H,D.'),
+            ((q[:, :, :5], k, k), {}, 'H a multiple of K'),
             ((q, k, k.astype(jnp.bfloat16)), {}, 'must all be bfloat16'),
             ((q, k, k, jnp.ones((2, 128))), {}, 'and int32'),
             ((q, k, k), dict(tiles=(Tiles(2, 128, 128, 128, 128),) * 2), 'heads=2 of the tiles must divide H/K=3')):
@@ -212,13 +215,22 @@ def test_a_row_just_longer_than_a_block_is_cut_evenly():
 
 
 def test_default_tiles_fit_every_shape():
-    """Head counts that no tile divides, groups of 1 to 32, and rows up to 16,384 tokens find tiles within VMEM."""
+    """Head counts that no tile divides, groups of 1 to 32 and rows up to 40,960 tokens find tiles within VMEM: for long
+    rows fewer heads, then smaller blocks; float32 takes smaller ones in any case; a row beyond is refused.
+    """
     for T, H, K, D in ((1, 1, 1, 64), (1024, 9, 3, 64), (1024, 32, 32, 100), (4096, 32, 1, 128), (16384, 28, 4, 128),
                        (4096, 8, 8, 256), (1025, 7, 7, 80)):
         for backward in (False, True):
             for dtype in (jnp.bfloat16, jnp.float32):
                 found = make_plan(backward, (1, T, H, K, D), jnp.dtype(dtype), True, False, None, NAN_FILLED)
                 assert vmem_bytes(found, backward) <= 128 * 2**20 and found.tiles.heads <= 4
+    tiles = lambda T: make_plan(True, (1, T, 8, 8, 256), jnp.dtype(jnp.bfloat16), True, False, None, NAN_FILLED).tiles
+    assert (tiles(20_000).heads, tiles(20_000).block) == (1, 1024)
+    assert (tiles(40_960).heads, tiles(40_960).block, tiles(40_960).strip) == (1, 256, 256)
+    with pytest.raises(ValueError, match='T=49152 is too long for v5e'):
+        tiles(49_152)
+    exact = make_plan(False, (1, 4096, 8, 8, 128), jnp.dtype(jnp.float32), True, False, None, NAN_FILLED).tiles
+    assert (exact.heads, exact.block) == (1, 512)
 
 
 @pytest.mark.libtpu

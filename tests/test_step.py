@@ -128,7 +128,7 @@ def test_programs_do_not_grow_with_depth():
 
 @pytest.mark.parametrize('reduce_gradients, in_float32', [('', 0), ('bf16', 0), ('fp32', 9)])
 def test_gradients_are_summed_in_the_dtype_of_the_flag(reduce_gradients, in_float32):
-    """With bfloat16 products: the reduce-scatters of the seven matrices of a layer, embedding and head; weights travel as
+    """With bfloat16 products: the reduce-scatters of a layer's seven matrices, embedding and head; weights travel as
     bfloat16 in any case.
     """
     mesh = make_mesh('2,4,1')
