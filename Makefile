@@ -1,6 +1,7 @@
 # make quickstart        fetch, measure, fine-tune on 1,024 reviews, measure again
 # make quickstart-full   the same with one epoch of all 8,485 training reviews
 # make test              all tests
+# make test-long         the tests that take about a minute each (two processes train, the curve on more meshes, kernels)
 # make test-oracle       what we write, read by transformers itself (installs torch)
 # make test-tpu          the kernels through the TPU compiler, without a TPU (installs libtpu, 700 MB)
 # make compile-tpu       every kernel at every shape for v4, v5e, v5p and v6e
@@ -16,7 +17,7 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: quickstart quickstart-full test test-oracle test-tpu compile-tpu benchmark-tpu benchmark-cpu lint model assets
+.PHONY: quickstart quickstart-full test test-long test-oracle test-tpu compile-tpu benchmark-tpu benchmark-cpu lint model assets
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	@echo "== installing the extra '$*' into $(VENV) (a minute or two the first time)"
@@ -43,6 +44,9 @@ quickstart quickstart-full: assets
 test: $(VENV)/installed-test model
 	@echo "== running the tests, one process a core"
 	$(BIN)/python -m pytest -n auto --maxprocesses=8
+
+test-long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m long -n auto --maxprocesses=8
 
 test-oracle: $(VENV)/installed-oracle
 	@echo "== running the tests against transformers"

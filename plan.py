@@ -232,7 +232,7 @@ class Book:
         ignored = ('config', 'show_traceback', 'output', 'mesh_dim', 'batch_size', 'largest_batch')
         self._question = dict(
             flags={name: value for name, value in config.to_dict().items() if name not in ignored},
-            sources=hash_of_sources(), packages={name: importlib.metadata.version(name) for name in PACKAGES})
+            sources=hash_of_sources(), packages={name: version(name) for name in PACKAGES})
         self._rows = []
         if self._path and self._path.exists():
             self._rows = self._held()
@@ -263,6 +263,13 @@ class Book:
             with appears_whole(self._path, replace=True) as temporary:
                 temporary.write_text(json.dumps(dict(question=self._question, rows=self._rows) | more, indent=1) + '\n',
                                      encoding='utf-8')
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def hash_of_sources() -> str:

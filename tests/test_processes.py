@@ -318,6 +318,7 @@ def train_here(*arguments) -> None:
     train.main(flags.parse(list(arguments), flags.TRAIN, ''))
 
 
+@pytest.mark.long
 def test_processes_train_save_resume_and_die_together(golden, tmp_path):
     """2 processes x 4 devices are 1 x 8, and EasyLM: 8 steps of the article's run.  Process 0 alone logs, unless all
     shall.  Its checkpoint of step 4 goes on the same on 4 x 2 and another mesh.  When one of the four is killed then,
