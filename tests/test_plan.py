@@ -429,7 +429,7 @@ def test_256_chips_have_meshes_and_hosts(name):
     """64 hosts of 4 chips; 65b divides over 256 chips, and a device holds a 256th of it."""
     own = setting('1,32,8', tpu.compile.devices(name), MODELS['65b'])
     row = planning.uncompiled(own, step.abstract_batch(own.mesh, 256, 2048), None)
-    assert (row.hosts, row.chips_per_host) == (64, 4)
+    assert len(own.mesh.devices.flat) == 256 and len(program.host_devices(own.mesh)) == 4
     assert row.parts['parameters'] == pytest.approx(4 * 65.3e9 / 256, rel=0.01)
 
 
