@@ -130,8 +130,7 @@ def hyperparameters(options) -> Hyperparameters:
 
 
 def parameters(sizes: LlamaConfig) -> int:
-    specs = jax.tree.leaves(llama.weight_specs(sizes), is_leaf=lambda x: isinstance(x, llama.WeightSpec))
-    return sum(spec.size for spec in specs)
+    return sum(spec.size for spec in load.specs_of(sizes))
 
 
 # ---------------------------------------------------------------- one mesh
@@ -217,8 +216,7 @@ def host_bytes(sizes: LlamaConfig, mesh: Mesh) -> int:
         pieces = min(len(host_devices(mesh)), math.prod(mesh.shape[axis] for axis in spec.axes))
         return spec.size // math.prod(mesh.shape[axis] for axis in spec.axes) * pieces
 
-    specs = jax.tree.leaves(llama.weight_specs(sizes), is_leaf=lambda x: isinstance(x, llama.WeightSpec))
-    return max(load.host_bytes(sizes, mesh), 2 * 4 * max(part(spec) for spec in specs))
+    return max(load.host_bytes(sizes, mesh), 2 * 4 * max(part(spec) for spec in load.specs_of(sizes)))
 
 
 # ---------------------------------------------------------------- the result

@@ -159,7 +159,7 @@ def make_mesh(mesh_dim: str, devices: list | None = None) -> Mesh:
         sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise ValueError(f'{mesh_dim=} does not multiply to the {len(devices)} devices of this run; '
-                         f'valid for dp,fsdp,mp: {" ".join(_factorizations(len(devices)))}')
+                         f'valid for dp,fsdp,mp: {" ".join(factorizations(len(devices)))}')
     if mesh_dim.startswith('!'):
         grid = np.array(devices).reshape(sizes)
     else:
@@ -182,6 +182,8 @@ def _read_mesh_dim(mesh_dim: str, text: str) -> tuple[tuple[str, ...], list[int]
     return tuple(names), sizes
 
 
-def _factorizations(count: int) -> list[str]:
-    divisors = [d for d in range(1, count + 1) if count % d == 0]
-    return [f'{dp},{fsdp},{count // dp // fsdp}' for dp in divisors for fsdp in divisors if count % (dp * fsdp) == 0]
+def factorizations(devices: int) -> list[str]:
+    """Every --mesh_dim of so many devices, as 'dp,fsdp,mp'."""
+    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+    splits = [(dp, fsdp) for dp in divisors for fsdp in divisors if devices % (dp * fsdp) == 0]
+    return [f'{dp},{fsdp},{devices // dp // fsdp}' for dp, fsdp in splits]

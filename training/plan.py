@@ -32,7 +32,7 @@ from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 from data.batches import Batch
 from model import llama
 from model.config import Compute, LlamaConfig
-from model.partition import AXES, BATCH, make_mesh
+from model.partition import AXES, BATCH, factorizations, make_mesh
 from tpu.chips import Chip
 from tpu.collectives import bytes_by_axis, collectives
 from tpu.estimate import Estimate, estimate
@@ -100,12 +100,6 @@ def read_plan(values: dict) -> Plan:
 
 
 # ---------------------------------------------------------------- which meshes
-
-
-def factorizations(devices: int) -> list[str]:
-    """Every '--mesh_dim' of so many devices, as 'dp,fsdp,mp'."""
-    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
-    return [f'{dp},{fsdp},{devices // dp // fsdp}' for dp in sizes for fsdp in sizes if devices % (dp * fsdp) == 0]
 
 
 def valid_meshes(config: LlamaConfig, devices: int, batch_size: int) -> tuple[list[str], dict[str, str]]:
