@@ -24,15 +24,16 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import flags
-from checkpoint import processes
 from checkpoint.load import read_template
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from evaluation import accuracy
 from evaluation.client import Server
+from hosts import processes
+from hosts.meeting import failing_together
 from serving.engine import Engine
-from wiring import describe, failing_together, open_model
+from wiring import describe, open_model
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
 

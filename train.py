@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 import flags
 import wiring
-from checkpoint import load, native, processes
+from checkpoint import load, native
 from checkpoint.writing import appears_whole
 from data.batches import PackedStream, Rows, read_dataset_state
 from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
 from data.records import RecordReader
 from data.text_processor import TextProcessor
+from hosts import meeting, processes
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy
 from training import loop, step
@@ -29,10 +30,10 @@ from training.optimizer import AdamW, Hyperparameters, OptimizerState, Palm
 from training.plan import Setting
 
 
-@wiring.failing_together()
+@meeting.failing_together()
 def main(config) -> None:
     began = time.perf_counter()
-    wiring.start_processes(config)
+    meeting.start_processes(config)
     output_dir = run_directory(config.logger)
     native.check_shared(output_dir)
     resume_step = find_resume_step(config, output_dir)

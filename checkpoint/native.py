@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from checkpoint import processes, shards
+from checkpoint import shards
 from checkpoint.writing import sync
+from hosts import processes
 
 MANIFEST = 'manifest.json'
 DTYPES = ('float32', 'bfloat16', 'float16', 'bool', 'int8', 'uint8', 'int32', 'uint32', 'int64', 'uint64')

@@ -13,10 +13,11 @@ ROOMS = {  # room -> the rooms it may import from; entry points may import every
     'tpu': set(),
     'kernels': {'tpu'},
     'data': set(),
+    'hosts': set(),
     'model': {'kernels'},
-    'checkpoint': {'model', 'data'},
+    'checkpoint': {'model', 'data', 'hosts'},
     'evaluation': {'data'},
-    'serving': {'model', 'data'},
+    'serving': {'model', 'data', 'hosts'},
     'training': {'model', 'data', 'tpu'},  # the planner compiles a step for TPUs
     'configs': set(),
 }

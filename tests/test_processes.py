@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 import flags
 import train
-import wiring
-from checkpoint import native, processes
+from checkpoint import native
+from hosts import meeting, processes
 from model.partition import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def roll(*processes, seconds=5.0, port=None) -> list[str]:
 
     def one(place, count, index):
         try:
-            wiring.meet(f'127.0.0.1:{port}', count, index, seconds)
+            meeting.meet(f'127.0.0.1:{port}', count, index, seconds)
             heard[place] = ''
         except ValueError as error:
             heard[place] = str(error)
@@ -111,15 +111,15 @@ def test_numbers_that_do_not_fit_together_are_named_to_all(second, third, says):
 
 def test_wrong_addresses_and_numbers_end_at_once_or_in_time():
     with pytest.raises(ValueError, match='process_id=2 must be from 0 .*num_processes=2'):
-        wiring.meet('127.0.0.1:1', 2, 2, 60)
+        meeting.meet('127.0.0.1:1', 2, 2, 60)
     for address in ('host', 'host:', ':80', 'host:http', 'host:70000'):
         with pytest.raises(ValueError, match=f"coordinator_address='{address}' must be HOST:PORT"):
-            wiring.meet(address, 2, 1, 60)
+            meeting.meet(address, 2, 1, 60)
     port = free_port()
     with pytest.raises(ValueError, match=f"coordinator_address='127.0.0.1:{port}': process 1 did not .* within 0.3 s"):
-        wiring.meet(f'127.0.0.1:{port}', 2, 1, 0.3)
+        meeting.meet(f'127.0.0.1:{port}', 2, 1, 0.3)
     with socket.create_server(('', 0)) as taken, pytest.raises(ValueError, match='cannot listen on port'):
-        wiring.meet(f'127.0.0.1:{taken.getsockname()[1]}', 2, 0, 60)
+        meeting.meet(f'127.0.0.1:{taken.getsockname()[1]}', 2, 0, 60)
 
 
 def test_strangers_at_the_port_do_not_disturb_the_roll_call():
@@ -150,16 +150,18 @@ def test_strangers_at_the_port_do_not_disturb_the_roll_call():
 WORKER = """
 import json, pathlib
 import jax, numpy as np, jax.numpy as jnp
-import flags, wiring
-from checkpoint import native, processes
+import flags
+from hosts import meeting
+from checkpoint import native
+from hosts import processes
 from jax.sharding import NamedSharding, PartitionSpec as P
 from model.partition import make_mesh
 
 {functions}
 
-@wiring.failing_together()
+@meeting.failing_together()
 def main(config):
-    wiring.start_processes(config)
+    meeting.start_processes(config)
     mesh, directory = make_mesh(config.mesh_dim), config.logger.output_dir
     made = lambda name, value, *axes: jax.make_array_from_callback(
         value.shape, NamedSharding(mesh, P(*axes)), lambda index: value[index])
@@ -341,7 +343,7 @@ def test_processes_train_save_resume_and_die_together(golden, tmp_path):
     compare(two, json.loads((golden / 'easylm/train_curve.json').read_text())[:8], 2e-3, 1e-2, 1e-4)
 
     shutil.copytree(tmp_path / 'two/step_00000004', tmp_path / 'four/step_00000004')
-    (tmp_path / 'soon.py').write_text('import flags, train, wiring\nwiring.HEARTBEAT_SECONDS = 15\n'
+    (tmp_path / 'soon.py').write_text('import flags, train\nfrom hosts import meeting\nmeeting.HEARTBEAT_SECONDS = 15\n'
                                       'flags.run(train.main, flags.TRAIN)\n')
     four = start(4, 2, [str(tmp_path / 'soon.py'), *article(
         golden, tmp_path / 'four', '--mesh_dim=2,2,2', '--total_steps=1000', '--resume=True')[1:]], tmp_path)

@@ -23,9 +23,9 @@ from fastapi.testclient import TestClient
 
 import flags
 import serve
-from checkpoint import processes
 from checkpoint.load import load_params
 from data.tokenizer import load_tokenizer
+from hosts import processes
 from model.config import Compute, config_from_dict
 from serving import followers
 from serving.api import Options, make_app
