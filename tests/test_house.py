@@ -17,7 +17,7 @@ ROOMS = {  # room -> the rooms it may import from; entry points may import every
     'model': {'kernels'},
     'checkpoint': {'model', 'data', 'hosts'},
     'evaluation': {'data'},
-    'serving': {'model', 'data', 'hosts'},
+    'serving': {'model', 'data'},
     'training': {'model', 'data', 'tpu'},  # the planner compiles a step for TPUs
     'configs': set(),
 }
