@@ -29,11 +29,11 @@ $(VENV)/installed-%: pyproject.toml constraints.txt
 
 model: $(VENV)/installed-all
 	@echo "== the model (93 MB) into $(CACHE)"
-	$(BIN)/python assets.py --name=smollm2-135m-instruct
+	$(BIN)/python fetch.py --name=smollm2-135m-instruct
 
 assets: model
 	@echo "== the reviews (2.5 MB) into $(CACHE)"
-	$(BIN)/python assets.py --name=rotten_tomatoes
+	$(BIN)/python fetch.py --name=rotten_tomatoes
 
 # XLA's other library for matrix products on the CPU: about a tenth faster here than its default (LOG.md)
 quickstart quickstart-full: export XLA_FLAGS := --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT
@@ -56,13 +56,13 @@ test-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
 	$(BIN)/python -m pytest -m libtpu
 
 compile-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
-	$(BIN)/python -m kernels.compile_all --target=v4,v5e,v5p,v6e
+	$(BIN)/python -m instruments.bench.compile_all --target=v4,v5e,v5p,v6e
 
 benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
-	$(BIN)/python -m kernels.benchmark --target=v5e,v6e
+	$(BIN)/python -m instruments.bench.attention --target=v5e,v6e
 
 benchmark-cpu: $(VENV)/installed-oracle
-	$(BIN)/python -m training.benchmark --variant=ynn:--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT --output=$(RUNS)/benchmark_cpu.json
+	$(BIN)/python -m instruments.bench.cpu_training --variant=ynn:--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT --output=$(RUNS)/benchmark_cpu.json
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import flags
 from checkpoint import load, native
 from checkpoint.writing import appears_whole
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import LlamaConfig, config_to_dict, named_config
+from program import flags
 
 UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 
@@ -36,7 +36,7 @@ def main(config) -> None:
         if config.format == 'native':
             write_native(output, tensor, model, tokenizer, spec)
         elif config.format == 'hf':
-            from checkpoint import huggingface_writer  # its libraries are extras
+            from checkpoint.formats import huggingface_writer  # its libraries are extras
             huggingface_writer.write(output, tensor, model, tokenizer, load.read_add_bos_token(spec),
                                      config.float_dtype, shard_bytes)
         else:
@@ -94,7 +94,10 @@ def write_native(output: Path, tensor, model: LlamaConfig, tokenizer: Tokenizer 
 
 
 def write_easylm(output: Path, tensor, model: LlamaConfig, tokenizer: Tokenizer | None, float_dtype: str) -> None:
-    from checkpoint import easylm_writer, huggingface_writer  # their libraries are extras
+    from checkpoint.formats import (
+        easylm_writer,
+        huggingface_writer,  # their libraries are extras
+    )
     easylm_writer.refuse_unsupported(model)
     with appears_whole(output) as temporary:
         temporary.mkdir()

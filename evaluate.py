@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import flags
 from checkpoint.load import read_template
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
@@ -31,9 +30,10 @@ from data.tokenizer import load_tokenizer
 from evaluation import accuracy
 from evaluation.client import Server
 from hosts import processes
-from hosts.meeting import failing_together
+from hosts.start import failing_together
+from program import flags
+from program.model import describe, open_model
 from serving.engine import Engine
-from wiring import describe, open_model
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
 

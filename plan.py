@@ -24,24 +24,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import flags
-import tpu.compile
 from checkpoint import load
 from checkpoint.writing import appears_whole
 from data.batches import Batch
-from kernels.static_times import flash_times
+from instruments.kernel_time.static_times import flash_times
+from instruments.planning import plan as planning
+from instruments.planning.plan import Plan, Setting
+from instruments.tpu import compile as tpu_compile
+from kernels import chips
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import make_mesh
+from program import flags
 from serving.engine import Engine, Rows, check_batch_size, check_lengths
-from tpu import chips
-from training import plan as planning
 from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
-from training.plan import Plan, Setting
 
 ROOT = pathlib.Path(__file__).parent
-SOURCES = ('model', 'kernels', 'training', 'serving', 'tpu', 'data')  # what a row follows from, beside its flags
+# what a row follows from, beside its flags
+SOURCES = ('model', 'kernels', 'training', 'serving', 'instruments', 'data')
 PACKAGES = ('jax', 'jaxlib', 'libtpu')
 
 
@@ -51,7 +52,7 @@ def main(config) -> None:
         raise ValueError('topology is empty: name the slice to plan for, for example --topology=v5e:2x4')
     sizes, compute = model_flags(config)
     check_flags(config, sizes)
-    devices, chip = tpu.compile.devices(config.topology), chips.find(config.topology)
+    devices, chip = tpu_compile.devices(config.topology), chips.find(config.topology)
     usable = planning.usable_hbm(make_mesh('1,-1,1', devices))
     print(f'{config.topology}: {len(devices)} chips on {len({device.process_index for device in devices})} hosts; '
           f'{planning.gib(usable)} GiB of a chip can be used; {parameters(sizes):,} parameters', flush=True)
@@ -272,7 +273,8 @@ def version(package: str) -> str | None:
 
 def hash_of_sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for room in SOURCES for path in (ROOT / room).glob('*') if path.suffix in ('.py', '.json')):
+    for path in sorted(path for room in SOURCES for path in (ROOT / room).rglob('*')
+                       if path.suffix in ('.py', '.json')):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()
 

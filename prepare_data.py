@@ -20,9 +20,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import flags
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
+from program import flags
 
 
 def main(config) -> None:

@@ -22,16 +22,16 @@ import time
 import jax
 import uvicorn
 
-import flags
 from checkpoint.load import read_tokenizer
 from data.prompt import PromptTemplate
 from hosts import processes
-from hosts.meeting import failing_together, start_processes
+from hosts.start import failing_together, start_processes
+from program import flags
+from program.model import Model, describe, open_model
 from serving.api import MAX_TEMPERATURE, Options, make_app
 from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
 from serving.followers import Line, follow
 from serving.thread import EngineThread
-from wiring import Model, describe, open_model
 
 
 @failing_together()

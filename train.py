@@ -11,9 +11,8 @@ import time
 
 import jax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
-import flags
-import wiring
 from checkpoint import load, native
 from checkpoint.writing import appears_whole
 from data.batches import PackedStream, Rows, read_dataset_state
@@ -21,19 +20,22 @@ from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
 from data.records import RecordReader
 from data.text_processor import TextProcessor
-from hosts import meeting, processes
+from hosts import processes, start
+from instruments.planning.compiled import CompiledStep
+from instruments.planning.plan import Setting
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy
+from program import flags
+from program import model as wiring
 from training import loop, step
 from training.metrics import MetricsWriter
 from training.optimizer import AdamW, Hyperparameters, OptimizerState, Palm
-from training.plan import Setting
 
 
-@meeting.failing_together()
+@start.failing_together()
 def main(config) -> None:
     began = time.perf_counter()
-    meeting.start_processes(config)
+    start.start_processes(config)
     output_dir = run_directory(config.logger)
     native.check_shared(output_dir)
     resume_step = find_resume_step(config, output_dir)
@@ -83,8 +85,9 @@ def main(config) -> None:
     schedule = loop.Schedule(start_step, total_steps, config.log_freq,
                              (config.save_model_freq, config.save_milestone_freq))
     setting = Setting(model.config, model.compute, hyper, accumulate, model.mesh)
-    state = loop.train(state, batches, setting, schedule, writer, data_position=lambda: batches.metrics, save=save,
-                       evaluate=evaluation(config, model), wait_for_all=wait_for_all)
+    compiled = CompiledStep(setting, tqdm.write, wait_for_all)
+    state = loop.train(state, batches, compiled, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
+                       save=save, evaluate=evaluation(config, model))
     save(state, total_steps)
     writer.close()
     print(f'wrote {writer.path}; trained in {time.perf_counter() - began:.1f} s\n'
@@ -343,7 +346,7 @@ def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathl
         raise ValueError('checkpointer.format=easylm is written by one process, and this run has '
                          f'{processes.count()}: leave it native, and afterwards python convert.py --format=easylm')
     try:
-        from checkpoint import easylm_writer
+        from checkpoint.formats import easylm_writer
     except ModuleNotFoundError as error:
         raise ValueError(f'checkpointer.format=easylm needs the Python package {error.name!r}: '
                          "install this project with its extra 'formats'") from None

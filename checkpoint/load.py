@@ -258,7 +258,7 @@ def _open(spec: str, config: LlamaConfig | None):
 def _formats(spec: str, module: str):
     """A module of this room whose libraries are extras: each is imported only when its format is asked for."""
     try:
-        return importlib.import_module(f'checkpoint.{module}')
+        return importlib.import_module(f'checkpoint.formats.{module}')
     except ModuleNotFoundError as error:
         raise ValueError(f'load_checkpoint={spec!r} needs the Python package {error.name!r}: '
                          "install this project with its extra 'formats'") from None

@@ -1,7 +1,7 @@
-"""Several processes of one run, often one a host: they agree on a value, or they fail together.  Neighbour: meeting.py.
+"""Several processes of one run, often one a host: they agree on a value, or they fail together.  Neighbour: start.py.
 
 Everything goes through the key-value store of JAX's coordination service, which process 0 hosts
-(meeting.start_processes connects to it), so nothing here touches a device.  With one process each function is its own
+(start.start_processes connects to it), so nothing here touches a device.  With one process each function is its own
 short cut.  All processes must make the same calls in the same order.
 """
 import itertools

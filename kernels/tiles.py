@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels import chips
 from kernels.tuned import tuned_tiles
-from tpu import chips
 
 MIB = 2**20
 

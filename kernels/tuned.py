@@ -28,8 +28,8 @@ def tuned_tiles(kernel: str, chip: str, *, T: int, D: int, group: int, causal: b
     rows = [row for row in table() if row['kernel'] == kernel]
     rows = [row for row in rows if row['chip'] == chip] or [row for row in rows if row['chip'] == ALIKE.get(chip)]
     if not rows:
-        raise ValueError(f'{PATH.name} has no tiles of {kernel} for {chip=}: python -m kernels.tune --target={chip}, '
-                         'or pass tiles')
+        raise ValueError(f'{PATH.name} has no tiles of {kernel} for {chip=}: python -m instruments.bench.tune '
+                         f'--target={chip}, or pass tiles')
 
     def distance(row):
         octaves = (abs(math.log2(size / row[name])) for name, size in (('T', T), ('D', D), ('group', group)))

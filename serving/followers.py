@@ -9,8 +9,8 @@ every process holds whole (`Engine._shardings`).
 It is the store and not a broadcast between devices because a server can be idle for days: devices that wait in a
 collective are busy, and some transports give up after a while.  A call costs two round trips over the network.
 
-Nobody is left behind: meeting.failing_together ends all when one fails, and JAX when one is gone (process 0: at once;
-another: when its heartbeat has been missing for meeting.HEARTBEAT_SECONDS).
+Nobody is left behind: start.failing_together ends all when one fails, and JAX when one is gone (process 0: at once;
+another: when its heartbeat has been missing for start.HEARTBEAT_SECONDS).
 """
 import contextlib
 import json

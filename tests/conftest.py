@@ -11,8 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 import pytest
 
-import flags
-from tpu import compile as tpu_compile
+from instruments.tpu import compile as tpu_compile
+from program import flags
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 if importlib.util.find_spec('libtpu'):
@@ -32,5 +32,5 @@ def smollm2_gguf() -> pathlib.Path:
     """The real model of the quickstart, which `make test` fetches first."""
     path = flags.cache_directory() / 'smollm2-135m-instruct' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
     if not path.is_file():
-        pytest.skip('the model is not there: python assets.py --name=smollm2-135m-instruct')
+        pytest.skip('the model is not there: python fetch.py --name=smollm2-135m-instruct')
     return path

@@ -21,8 +21,8 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-import flags
 import serve
+from program import flags
 from serving.api import Options, make_app
 from serving.engine import Generation, RequestError
 from serving.thread import EngineFailed, EngineThread

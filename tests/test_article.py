@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-import flags
 import train
 from model.config import LlamaConfig
+from program import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = {'train': ('python3 -m EasyLM.models.llama.llama_train', flags.TRAIN),
@@ -90,5 +90,5 @@ def test_the_readme_s_table_lists_every_endpoint():
 
 
 def test_the_flag_reference_is_what_flags_py_says():
-    """docs/FLAGS.md is the output of `python flags.py`."""
+    """docs/FLAGS.md is the output of `python -m program.flags`."""
     assert (ROOT / 'docs/FLAGS.md').read_text() == flags.reference()

@@ -1,4 +1,4 @@
-"""assets.py: what it fetches is what the table says, and nothing that was fetched is run, trusted or lost."""
+"""fetch.py: what it fetches is what the table says, and nothing that was fetched is run, trusted or lost."""
 import hashlib
 import http.server
 import io
@@ -9,8 +9,8 @@ import zipfile
 
 import pytest
 
-import assets
-from assets import Asset, Hub, Index, Part, fetch, read_member, rotten_tomatoes_rows
+from program import assets
+from program.assets import Asset, Hub, Index, Part, fetch, read_member, rotten_tomatoes_rows
 
 SETUP = "import pathlib, setuptools; pathlib.Path({trace!r}).write_text('setup.py was run'); setuptools.setup()\n"
 

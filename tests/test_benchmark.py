@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels import anchors, benchmark, report, shapes
-from kernels.anchors import Case
-from kernels.shapes import AttentionShape, DecodeShape
+from instruments.bench import anchors, report, shapes
+from instruments.bench import attention as benchmark
+from instruments.bench.anchors import Case
+from instruments.bench.shapes import AttentionShape, DecodeShape
 
 SMALL = AttentionShape(B=1, T=64, H=2, K=1, D=64)
 

@@ -6,7 +6,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from checkpoint.easylm import NAMES, Reader, index
+from checkpoint.formats.easylm import NAMES, Reader, index
 
 HEAD_DIM = 16
 WEIGHTS = [(name, layer) for name in NAMES for layer in (range(2) if name.startswith('layers.') else [None])]

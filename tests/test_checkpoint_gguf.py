@@ -6,8 +6,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 
-from checkpoint import huggingface
-from checkpoint.gguf import NAMES, Reader
+from checkpoint.formats import huggingface
+from checkpoint.formats.gguf import NAMES, Reader
 from data.tokenizer import tokenizer_from_json
 
 WEIGHTS = [(name, layer) for name in NAMES for layer in (range(2) if name.startswith('layers.') else [None])]

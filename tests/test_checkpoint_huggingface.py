@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file, save_file
 
-from checkpoint.huggingface import NAMES, Reader
+from checkpoint.formats.huggingface import NAMES, Reader
 from model.config import RopeScaling
 
 CASES = ('gqa_tied', 'head_dim_100', 'llama31_rope', 'mha_untied')

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from test_checkpoint_easylm import flax_array, stream
 from test_checkpoint_gguf import write as write_gguf
 
-from checkpoint import easylm, easylm_writer, huggingface, huggingface_writer, load, native, reading, shards
+from checkpoint import load, native, shards
+from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_writer, reading
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model.config import MODELS, Compute, LlamaConfig
@@ -146,7 +147,9 @@ def test_host_bytes_are_four_slices():
 MEASURED = '''
 import pathlib, sys
 import jax, numpy as np
-from checkpoint import easylm, huggingface, load, shards
+from checkpoint import load, shards
+from checkpoint.formats import easylm
+from checkpoint.formats import huggingface
 from model.config import LlamaConfig
 from model.partition import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
@@ -189,7 +192,8 @@ PROCESS = '''
 import json, pathlib, sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from checkpoint import easylm, load, shards
+from checkpoint import load, shards
+from checkpoint.formats import easylm
 from model.config import LlamaConfig
 from model.partition import make_mesh
 golden = pathlib.Path(sys.argv[3])

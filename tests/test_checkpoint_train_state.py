@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_checkpoint_easylm import flax_array, pack_stream
 
-from checkpoint import easylm_writer, load
-from checkpoint.easylm import NAMES, index
+from checkpoint import load
+from checkpoint.formats import easylm_writer
+from checkpoint.formats.easylm import NAMES, index
 from model.config import LlamaConfig
 from model.llama import abstract_params, partitions, weight_specs
 from model.partition import make_mesh

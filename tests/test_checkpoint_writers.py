@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_checkpoint_easylm import flax_array, stream
 
-from checkpoint import easylm, easylm_writer, huggingface, huggingface_writer, load, native
+from checkpoint import load, native
+from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_writer
 from checkpoint.writing import appears_whole, rounded
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model.config import LlamaConfig, RopeScaling

@@ -2,7 +2,7 @@
 import jax
 import pytest
 
-from kernels import compile_all, shapes
+from instruments.bench import compile_all, shapes
 
 ATTENTION = ('tiny_d100', 'tiny_segments', 'tiny_f32_d100')
 DECODE = ('tiny_smollm2', 'tiny_paged_d100', 'tiny_int8')

@@ -11,11 +11,12 @@ from safetensors.numpy import load_file
 from test_checkpoint_gguf import write as write_gguf
 
 import convert
-import flags
-from checkpoint import huggingface, huggingface_writer, load, native
+from checkpoint import load, native
+from checkpoint.formats import huggingface, huggingface_writer
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from model.config import LlamaConfig, config_to_dict
+from program import flags
 
 
 def run(spec, kind, output, **more):
@@ -147,7 +148,9 @@ def test_mistakes_name_the_flag_and_write_nothing(golden, tmp_path, monkeypatch,
 MEASURED = '''
 import sys, pathlib
 import convert, flags
-from checkpoint import easylm_writer, gguf, huggingface_writer
+from checkpoint.formats import easylm_writer
+from checkpoint.formats import gguf
+from checkpoint.formats import huggingface_writer
 status = lambda: {line.split(':')[0]: line.split()[1] for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = int(status()['VmRSS'])

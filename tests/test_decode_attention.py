@@ -11,8 +11,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from instruments.bench import shapes
 from kernels import decode_attention as decode
-from kernels import reference, shapes
+from kernels import reference
 from kernels.decode_attention import DecodeTiles
 
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
@@ -244,7 +245,7 @@ def test_default_tiles_and_their_vmem_by_hand():
 def test_time_is_that_of_the_real_lengths_bytes(name):
     """v6e's schedule takes at most 1.15 times the DMA of the filled slots, fetches at most 16 slots a sequence more,
     makes no copy of the cache, and its VMEM is the sum and what it spills."""
-    from tpu.static_cost import static_time
+    from instruments.kernel_time.static_cost import static_time
     shape = shapes.DECODE[name]
     lengths = shapes.lengths(shape)
     q, kv = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((64, 32, 128), (64, 2048, 8, 128)))

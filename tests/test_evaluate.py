@@ -6,12 +6,12 @@ import jax
 import pytest
 
 import evaluate
-import flags
-import wiring
 from data.labelled import Example
 from data.prompt import PromptTemplate
 from evaluate import Asked, change_text, main
 from model.partition import make_mesh
+from program import flags
+from program import model as wiring
 
 REVIEWS = [('a warm and honest film', 1), ('a waste of a fine idea', 0), ('falls apart halfway', 0), ('sparkles', 1)]
 

@@ -3,13 +3,13 @@ import pathlib
 
 import pytest
 
-import flags
-from flags import Flag
+from program import flags
+from program.flags import Flag
 
 TABLE = (Flag('a.rate', 0.5, 'a number'), Flag('a.steps', 3, 'a count'), Flag('kind', 'x', 'a choice', ('x', 'y')),
          Flag('on', False, 'a switch'), Flag('maybe', None, 'filled in later', kind=bool))
 ROOT = pathlib.Path(__file__).parent.parent
-TABLES = {'assets.py': flags.ASSETS, 'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE,
+TABLES = {'fetch.py': flags.ASSETS, 'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE,
           'evaluate.py': flags.EVALUATE, 'convert.py': flags.CONVERT, 'plan.py': flags.PLAN}
 
 

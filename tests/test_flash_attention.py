@@ -16,9 +16,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from instruments.bench.shapes import AttentionShape, attention_inputs
 from kernels import flash_attention as flash
 from kernels import reference
-from kernels.shapes import AttentionShape, attention_inputs
 from kernels.tiles import Plan, Tiles, make_plan, vmem_bytes
 
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
@@ -241,7 +241,7 @@ def test_vmem_sum_bounds_the_compiler_s_figure(block):
 
     (At the benchmark's shapes it is 0.6 to 0.85; operands that XLA itself places in VMEM need no window.)
     """
-    from tpu.static_cost import static_time
+    from instruments.kernel_time.static_cost import static_time
     shape = bfloat16(B=256, T=512, H=2, K=1, D=128)
     tiles = Tiles(heads=2, block=block, strip=256, diagonal=128, turn=256)
     q, k = (jax.ShapeDtypeStruct((shape.B, shape.T, heads, shape.D), jnp.bfloat16) for heads in (shape.H, shape.K))

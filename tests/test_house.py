@@ -6,22 +6,23 @@ import shlex
 
 import pytest
 
-import flags
+from program import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROOMS = {  # room -> the rooms it may import from; entry points may import everything
-    'tpu': set(),
-    'kernels': {'tpu'},
+ROOMS = {  # room -> the rooms it may import from; programs may import everything
+    'kernels': set(),
     'data': set(),
     'hosts': set(),
     'model': {'kernels'},
     'checkpoint': {'model', 'data', 'hosts'},
     'evaluation': {'data'},
-    'serving': {'model', 'data'},
-    'training': {'model', 'data', 'tpu'},  # the planner compiles a step for TPUs
+    'serving': {'model', 'data', 'kernels'},
+    'training': {'model', 'data'},
+    'instruments': {'kernels', 'model', 'data', 'training', 'serving', 'checkpoint'},  # nothing imports it but programs
+    'program': {'model', 'data', 'hosts', 'checkpoint'},
     'configs': set(),
 }
-SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).glob('*.py') if path.stem != '__init__')
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob('*.py') if path.stem != '__init__')
 PROGRAMS = sorted(ROOT.glob('*.py'))
 ENTRY_POINTS = {path.stem for path in PROGRAMS}
 
@@ -38,10 +39,10 @@ def imported(path: pathlib.Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=lambda path: f'{path.parent.name}/{path.name}')
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     """A room imports itself and the rooms below it, never a program; data and evaluation do without JAX."""
-    room, names = path.parent.name, imported(path)
+    room, names = path.relative_to(ROOT).parts[0], imported(path)
     assert names & (set(ROOMS) | ENTRY_POINTS) <= ROOMS[room] | {room}
     assert room not in ('data', 'evaluation') or 'jax' not in names
     assert path != ROOT / 'training/optimizer.py' or 'llama' not in path.read_text().replace('llama.py', '')
@@ -58,7 +59,7 @@ def test_nothing_unpickles_or_evaluates_strings(path):
 def test_printed_commands_have_flags_that_exist(text):
     """Every `python PROGRAM.py` line of the documents and of the quickstart is understood by that program."""
     tables = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE, 'plan.py': flags.PLAN,
-              'evaluate.py': flags.EVALUATE, 'assets.py': flags.ASSETS, 'convert.py': flags.CONVERT}
+              'evaluate.py': flags.EVALUATE, 'fetch.py': flags.ASSETS, 'convert.py': flags.CONVERT}
     joined = (ROOT / text).read_text().replace('\\\n', ' ').replace('"$@"', '')
     found = re.findall(r'(?:python|"\$PYTHON"|\$PYTHON) (\w+\.py)((?: +--[^`#\n]*)?)', joined)
     assert found
@@ -78,5 +79,5 @@ def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():
         folder = other or folder
         named |= {folder + file for file in files.split() if re.fullmatch(r'[\w.]+', file)}
     missing = {name for name in named if not (ROOT / name).exists()}
-    sources = {f'{path.parent.name}/{path.name}' for path in SOURCES} | {path.name for path in PROGRAMS}
+    sources = {str(path.relative_to(ROOT)) for path in SOURCES} | {path.name for path in PROGRAMS}
     assert not missing and not sources - named, (missing, sources - named)

@@ -12,8 +12,9 @@ import pytest
 from helpers import TINY, greedy, logits, on_mesh, one_device
 from jax.sharding import PartitionSpec
 
-from checkpoint import easylm, load
-from checkpoint.rotary_order import half_split_from_interleaved
+from checkpoint import load
+from checkpoint.formats import easylm
+from checkpoint.formats.rotary_order import half_split_from_interleaved
 from model import llama, loss
 from model.config import MODELS, Compute, LlamaConfig
 from model.partition import BATCH, make_mesh

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from helpers import QUICK, TINY
 
-import flags
 import plan as program
-import tpu.compile
 from checkpoint import load
+from instruments.planning import compiled
+from instruments.planning import plan as planning
+from instruments.planning.compiled import CompiledStep
+from instruments.planning.plan import Plan, Setting, choose, largest_batch, out_of_memory, read_plan, valid_meshes
+from instruments.tpu import compile as tpu_compile
+from instruments.tpu.estimate import Estimate
+from kernels import chips
 from model.config import MODELS, Compute
 from model.partition import make_mesh
-from tpu import chips
-from tpu.estimate import Estimate
-from training import compiled, step
-from training import plan as planning
-from training.compiled import CompiledStep
+from program import flags
+from training import step
 from training.optimizer import AdamW
-from training.plan import Plan, Setting, choose, largest_batch, out_of_memory, read_plan, valid_meshes
 
 GIB = 2**30
 LEAST = Compute(remat_block='nothing_saveable')
@@ -418,7 +419,7 @@ def test_every_mesh_of_a_small_slice_is_planned_and_one_chosen(tmp_path):
 @pytest.mark.libtpu
 def test_usable_memory_is_what_libtpu_says():
     """GiB of a chip; on a CPU there is no limit."""
-    found = {name: planning.usable_hbm(make_mesh('1,-1,1', tpu.compile.devices(name))) / GIB for name in chips.CHIPS}
+    found = {name: planning.usable_hbm(make_mesh('1,-1,1', tpu_compile.devices(name))) / GIB for name in chips.CHIPS}
     assert found == pytest.approx(dict(v4=30.75, v5e=15.75, v5p=95.74, v6e=31.25, v7x=94.75))
     assert planning.usable_hbm(setting().mesh) is None
 
@@ -427,7 +428,7 @@ def test_usable_memory_is_what_libtpu_says():
 @pytest.mark.parametrize('name', ['v4:8x8x4', 'v5e:16x16', 'v5p:8x8x4', 'v6e:16x16'])
 def test_256_chips_have_meshes_and_hosts(name):
     """64 hosts of 4 chips; 65b divides over 256 chips, and a device holds a 256th of it."""
-    own = setting('1,32,8', tpu.compile.devices(name), MODELS['65b'])
+    own = setting('1,32,8', tpu_compile.devices(name), MODELS['65b'])
     row = planning.uncompiled(own, step.abstract_batch(own.mesh, 256, 2048), None)
     assert len(own.mesh.devices.flat) == 256 and len(program.host_devices(own.mesh)) == 4
     assert row.parts['parameters'] == pytest.approx(4 * 65.3e9 / 256, rel=0.01)
@@ -440,7 +441,7 @@ def test_a_program_too_large_for_a_v5e_is_answered_with_one_that_fits():
     """
     many = dataclasses.replace(TINY, hidden_size=128, intermediate_size=256, num_hidden_layers=9000, head_dim=16,
                                num_key_value_heads=8)
-    own = setting('4,1,1', tpu.compile.devices('v5e:2x2'), many, dataclasses.replace(LEAST, dtype='bf16'))
+    own = setting('4,1,1', tpu_compile.devices('v5e:2x2'), many, dataclasses.replace(LEAST, dtype='bf16'))
     lines = []
     with pytest.raises(ValueError, match=r"^out of memory: mesh_dim='4,1,1' with 4 x 32 tokens needs \d+\.\d+ GiB "
                        'where 15.75 GiB are to be had; the nearest plan that fits: --mesh_dim=2,2,1$'):
@@ -452,7 +453,7 @@ def test_a_program_too_large_for_a_v5e_is_answered_with_one_that_fits():
 def test_decoding_is_planned():
     """tiny on v5e:2x2 as 1,1,4: bfloat16 weights, a cache of all slots; prefill, grow and decode fit."""
     config = parse('--serve', '--seq_length=128', '--attention=reference')
-    devices = tpu.compile.devices('v5e:2x2')
+    devices = tpu_compile.devices('v5e:2x2')
     own = program.plan_decoding(config, TINY, Compute('bf16'), make_mesh('1,1,4', devices), chips.find('v5e'),
                                 planning.usable_hbm(make_mesh('1,1,4', devices)), 4)
     weights = planning.device_bytes(step.abstract_state(TINY, AdamW(), 1, make_mesh('1,1,4', devices)).params)

@@ -8,11 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import flags
 import prepare_data
 from data.labelled import Example, read_labelled, sample
 from data.records import RecordReader
 from data.text_processor import TextProcessor
+from program import flags
 
 ROWS = [{'text': 'a fine film', 'label': 1}, {'text': 'dull , "flat" and long', 'label': 0},
         {'text': 'café', 'label': 1}]

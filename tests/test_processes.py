@@ -21,11 +21,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import flags
 import train
 from checkpoint import native
-from hosts import meeting, processes
+from hosts import processes, start
 from model.partition import make_mesh
+from program import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 OPTIMIZER = '--optimizer.adamw_optimizer.'
@@ -38,7 +38,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(count: int, devices: int, program: list[str], directory) -> list[subprocess.Popen]:
+def launch(count: int, devices: int, program: list[str], directory) -> list[subprocess.Popen]:
     """`count` processes of `devices` devices each; what they print goes to directory/log-K."""
     port, started = free_port(), []
     environment = os.environ | dict(JAX_PLATFORMS='cpu', PYTHONPATH=str(ROOT), PYTHONUNBUFFERED='1',
@@ -56,7 +56,7 @@ def start(count: int, devices: int, program: list[str], directory) -> list[subpr
 
 def run(*arguments) -> tuple[list[int], list[str]]:
     """(exit codes, logs) of `start`."""
-    started = start(*arguments)
+    started = launch(*arguments)
     try:
         codes = [process.wait(SLOW) for process in started]
     finally:
@@ -75,7 +75,7 @@ def roll(*processes, seconds=5.0, port=None) -> list[str]:
 
     def one(place, count, index):
         try:
-            meeting.meet(f'127.0.0.1:{port}', count, index, seconds)
+            start.meet(f'127.0.0.1:{port}', count, index, seconds)
             heard[place] = ''
         except ValueError as error:
             heard[place] = str(error)
@@ -111,15 +111,15 @@ def test_numbers_that_do_not_fit_together_are_named_to_all(second, third, says):
 
 def test_wrong_addresses_and_numbers_end_at_once_or_in_time():
     with pytest.raises(ValueError, match='process_id=2 must be from 0 .*num_processes=2'):
-        meeting.meet('127.0.0.1:1', 2, 2, 60)
+        start.meet('127.0.0.1:1', 2, 2, 60)
     for address in ('host', 'host:', ':80', 'host:http', 'host:70000'):
         with pytest.raises(ValueError, match=f"coordinator_address='{address}' must be HOST:PORT"):
-            meeting.meet(address, 2, 1, 60)
+            start.meet(address, 2, 1, 60)
     port = free_port()
     with pytest.raises(ValueError, match=f"coordinator_address='127.0.0.1:{port}': process 1 did not .* within 0.3 s"):
-        meeting.meet(f'127.0.0.1:{port}', 2, 1, 0.3)
+        start.meet(f'127.0.0.1:{port}', 2, 1, 0.3)
     with socket.create_server(('', 0)) as taken, pytest.raises(ValueError, match='cannot listen on port'):
-        meeting.meet(f'127.0.0.1:{taken.getsockname()[1]}', 2, 0, 60)
+        start.meet(f'127.0.0.1:{taken.getsockname()[1]}', 2, 0, 60)
 
 
 def test_strangers_at_the_port_do_not_disturb_the_roll_call():
@@ -150,8 +150,8 @@ def test_strangers_at_the_port_do_not_disturb_the_roll_call():
 WORKER = """
 import json, pathlib
 import jax, numpy as np, jax.numpy as jnp
-import flags
-from hosts import meeting
+from program import flags
+from hosts import start
 from checkpoint import native
 from hosts import processes
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -159,9 +159,9 @@ from model.partition import make_mesh
 
 {functions}
 
-@meeting.failing_together()
+@start.failing_together()
 def main(config):
-    meeting.start_processes(config)
+    start.start_processes(config)
     mesh, directory = make_mesh(config.mesh_dim), config.logger.output_dir
     made = lambda name, value, *axes: jax.make_array_from_callback(
         value.shape, NamedSharding(mesh, P(*axes)), lambda index: value[index])
@@ -343,9 +343,10 @@ def test_processes_train_save_resume_and_die_together(golden, tmp_path):
     compare(two, json.loads((golden / 'easylm/train_curve.json').read_text())[:8], 2e-3, 1e-2, 1e-4)
 
     shutil.copytree(tmp_path / 'two/step_00000004', tmp_path / 'four/step_00000004')
-    (tmp_path / 'soon.py').write_text('import flags, train\nfrom hosts import meeting\nmeeting.HEARTBEAT_SECONDS = 15\n'
+    (tmp_path / 'soon.py').write_text('import train\nfrom program import flags\nfrom hosts import start\n'
+                                      'start.HEARTBEAT_SECONDS = 15\n'
                                       'flags.run(train.main, flags.TRAIN)\n')
-    four = start(4, 2, [str(tmp_path / 'soon.py'), *article(
+    four = launch(4, 2, [str(tmp_path / 'soon.py'), *article(
         golden, tmp_path / 'four', '--mesh_dim=2,2,2', '--total_steps=1000', '--resume=True')[1:]], tmp_path)
     try:
         written, began = tmp_path / 'four/metrics.jsonl', time.monotonic()

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-import flags
 import serve
 from checkpoint.load import load_params
 from data.tokenizer import load_tokenizer
 from hosts import processes
 from model.config import Compute, config_from_dict
+from program import flags
 from serving import followers
 from serving.api import Options, make_app
 from serving.engine import Engine, RequestError
@@ -36,7 +36,8 @@ from serving.thread import EngineThread
 PRETEND = """
 import os, sys, time
 from types import SimpleNamespace
-import flags, serve
+import serve
+from program import flags
 from serving.engine import Generation, RequestError
 
 class Engine:

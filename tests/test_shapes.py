@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from kernels import shapes
-from kernels.shapes import ATTENTION, DECODE, AttentionShape, DecodeShape
+from instruments.bench import shapes
+from instruments.bench.shapes import ATTENTION, DECODE, AttentionShape, DecodeShape
 
 
 def test_the_table_has_the_odd_sizes():

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoint import gguf, load
+from checkpoint import load
+from checkpoint.formats import gguf
 from model.config import MODELS, Compute
 from model.partition import make_mesh
 from serving.engine import Engine

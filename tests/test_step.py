@@ -6,10 +6,10 @@ import re
 import pytest
 from helpers import MESHES, QUICK, TINY
 
+from instruments.tpu.collectives import collectives
 from model import llama
 from model.config import Compute
 from model.partition import make_mesh
-from tpu.collectives import collectives
 from training import optimizer, step
 
 HYPER = optimizer.AdamW(lr_warmup_steps=1, lr_decay_steps=8, bf16_momentum=True, multiply_by_parameter_scale=True)

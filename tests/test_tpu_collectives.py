@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from tpu import hlo
-from tpu.collectives import Collective, bytes_by_axis, collectives, device_groups
+from instruments.tpu import hlo
+from instruments.tpu.collectives import Collective, bytes_by_axis, collectives, device_groups
 
 N = 64  # elements on each device
 RING = [(i, (i + 1) % 4) for i in range(4)]
@@ -153,7 +153,7 @@ def test_a_tpus_text_is_read(golden):
 @pytest.mark.libtpu
 def test_the_tpu_sends_what_the_cpu_sends_in_half_the_bytes():
     """A two-layer scan of gathered weights: the same kinds and times along the same axes, bfloat16 as bfloat16."""
-    from tpu.compile import devices
+    from instruments.tpu.compile import devices
 
     M = 256
 

@@ -7,10 +7,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu import chips
-from tpu import compile as tpu_compile
-from tpu.chips import CHIPS
-from tpu.compile import compile_for
+from instruments.tpu import compile as tpu_compile
+from instruments.tpu.compile import compile_for
+from kernels import chips
+from kernels.chips import CHIPS
 
 
 def test_clocks_follow_from_the_peak_and_the_units():

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from kernels import static_times
-from tpu import hlo, interconnect, operations
-from tpu.chips import CHIPS
-from tpu.collectives import Collective, collectives
-from tpu.estimate import Estimate, estimate
-from tpu.step_cost import step_cost
+from instruments.kernel_time import static_times
+from instruments.tpu import hlo, interconnect, operations
+from instruments.tpu.collectives import Collective, collectives
+from instruments.tpu.estimate import Estimate, estimate
+from instruments.tpu.step_cost import step_cost
+from kernels.chips import CHIPS
 
 V5E = CHIPS['v5e']
 LINK = 45e9  # bytes/s, one way
@@ -296,9 +296,9 @@ def test_a_kernel_without_a_time_and_a_text_without_a_schedule_raise(golden):
 
 def debug_step():
     """(the debug model, the mesh's positions of devices, the text of its training step on them)."""
+    from instruments.tpu.compile import devices
     from model.config import MODELS, Compute
     from model.partition import make_mesh
-    from tpu.compile import devices
     from training import step
     from training.optimizer import AdamW
 

@@ -4,8 +4,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from tpu import schedule
-from tpu.schedule import Program, parse, smem_words
+from instruments.kernel_time import schedule
+from instruments.kernel_time.schedule import Program, parse, smem_words
 
 
 class Recorder:

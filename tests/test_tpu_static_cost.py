@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from tpu import chips, static_cost
-from tpu.schedule import parse
-from tpu.static_cost import LATENCY, Transfers
-from tpu.step_cost import step_cost
+from instruments.kernel_time import static_cost
+from instruments.kernel_time.schedule import parse
+from instruments.kernel_time.static_cost import LATENCY, Transfers
+from instruments.tpu.step_cost import step_cost
+from kernels import chips
 
 V5E = chips.CHIPS['v5e']
 GRANULES = 1000  # of 32 bytes
@@ -142,7 +143,7 @@ def test_the_figure_of_a_shipped_kernel_is_the_known_one():
     """jax's flash attention with tiles of 1024 at B8 H32 T1024 D128 on v5e: 0.966 ms, as the first instrument gave."""
     if importlib.metadata.version('libtpu') != '0.0.42.1':
         pytest.skip('the figure belongs to libtpu 0.0.42.1')
-    from kernels import anchors, shapes
+    from instruments.bench import anchors, shapes
     case = anchors.flash(shapes.ATTENTION['s1'], False, (1024, 1024))
     x = jax.ShapeDtypeStruct((8, 32, 1024, 128), jnp.bfloat16)
     static = static_cost.static_time('v5e', case.function, x, x, x)

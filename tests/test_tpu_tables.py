@@ -5,8 +5,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu import static_cost
-from tpu.tables import scalar_tables
+from instruments.kernel_time import static_cost
+from instruments.kernel_time.tables import scalar_tables
 
 X = jax.ShapeDtypeStruct((32, 128), jnp.float32)
 

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-import flags
 import train
 from checkpoint import load, native
 from model.config import MODELS, LlamaConfig, named_config
 from model.partition import make_mesh
+from program import flags
 from training.optimizer import AdamW, Palm
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -7,11 +7,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch_loop
 
+from instruments.bench import cpu_training as benchmark
+from instruments.bench import torch_loop
+from instruments.bench.cpu_training import Child
 from model.config import LlamaConfig
-from training import benchmark
-from training.benchmark import Child
 
 RECORDS = benchmark.make_records(2, 5, 24, 100)
 FAKE = """

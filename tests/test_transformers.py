@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import convert
-import flags
 from checkpoint import load
 from data.tokenizer import load_tokenizer
+from program import flags
 
 pytestmark = pytest.mark.oracle
 

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from kernels import shapes, tune, tuned
+from instruments.bench import shapes, tune
+from kernels import tuned
 
 
 def row(chip='v5e', T=1024, D=128, group=1, **rest):
@@ -25,7 +26,7 @@ def test_a_call_takes_the_row_of_the_nearest_sizes(path):
     take = lambda chip, T, D, group: tuned.tuned_tiles('flash_forward', chip, T=T, D=D, group=group)['heads']
     assert [take('v5e', 900, 100, 1), take('v5e', 8192, 128, 4), take('v5e', 1024, 64, 4)] == [1, 2, 3]
     assert take('v5p', 1024, 128, 1) == 1 and take('v7x', 4096, 64, 8) == 4
-    with pytest.raises(ValueError, match='python -m kernels.tune --target=v5e'):
+    with pytest.raises(ValueError, match='python -m instruments.bench.tune --target=v5e'):
         tuned.tuned_tiles('decode', 'v5e', T=1024, D=128, group=1)
 
 

@@ -5,9 +5,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-import flags
-import wiring
-from hosts import meeting
+from hosts import start
+from program import flags
+from program import model as wiring
 
 
 @pytest.mark.parametrize('given, trained, chosen', [
@@ -39,7 +39,7 @@ def test_compiled_programs_are_kept_where_only_the_user_reads(monkeypatch, tmp_p
 
 def distributed(*arguments):
     config = flags.parse(['serve.py', *arguments], flags.SERVE, '')
-    return meeting.start_processes(config)
+    return start.start_processes(config)
 
 
 @pytest.mark.parametrize('switch', ['jax_distributed.initialize_jax_distributed', 'initialize_jax_distributed'])
@@ -47,7 +47,7 @@ def test_processes_start_as_the_flags_say(monkeypatch, switch):
     """What is given goes to jax.distributed.initialize under its names, what is not is left to JAX; with our times."""
     calls = []
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **values: calls.append(values))
-    times = dict(initialization_timeout=meeting.MEETING_SECONDS, heartbeat_timeout_seconds=meeting.HEARTBEAT_SECONDS)
+    times = dict(initialization_timeout=start.MEETING_SECONDS, heartbeat_timeout_seconds=start.HEARTBEAT_SECONDS)
     distributed()
     distributed(f'--{switch}=True')
     distributed(f'--{switch}=True', '--jax_distributed.coordinator_address=host:1', '--jax_distributed.num_processes=1',
@@ -79,9 +79,9 @@ def test_flags_of_another_process_are_compared_by_name(monkeypatch):
     theirs = flags.parse(['serve.py', '--mesh_dim=1,2,4', '--jax_distributed.process_id=1'], flags.SERVE, '')
     sent = []
     monkeypatch.setattr(wiring.processes, 'exchange', lambda text: sent.append(text) or [text])
-    meeting.refuse_other_flags(theirs)
+    start.refuse_other_flags(theirs)
     monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [text, sent[0]])
     with pytest.raises(ValueError, match="mesh_dim is '1,1,8' on process 0 and '1,2,4' on process 1: start all"):
-        meeting.refuse_other_flags(ours)
+        start.refuse_other_flags(ours)
     monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [sent[0], text])
-    meeting.refuse_other_flags(flags.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))
+    start.refuse_other_flags(flags.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))

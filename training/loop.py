@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from data.batches import Batch
 from model.partition import BATCH
-from training.compiled import CompiledStep
 from training.metrics import MetricsWriter
-from training.plan import Setting
 from training.step import TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict]]  # training/step.py makes one; metrics are scalars
 
 
 class Schedule(NamedTuple):
@@ -34,29 +34,25 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows]), batch)
 
 
-def train(state: TrainState, batches: Iterator[Batch], setting: Setting, schedule: Schedule,
+def train(state: TrainState, batches: Iterator[Batch], step: Step, mesh: Mesh, schedule: Schedule,
           writer: MetricsWriter, *, data_position: Callable[[], dict], save: Callable[[TrainState, int], None],
-          evaluate: Callable[[TrainState], dict] | None = None,
-          wait_for_all: Callable[[], object] = lambda: None) -> TrainState:
+          evaluate: Callable[[TrainState], dict] | None = None) -> TrainState:
     """Runs micro-steps start_step..total_steps-1 and returns the last state.
 
     `save(state, n)` is called with the number n of steps done.  `data_position()` is added to each logged row.  One
     step is kept in flight: the host prepares batch n + 1 while the devices compute step n, and never runs further
-    ahead.  `wait_for_all()` comes between compiling and running a step: of several processes one may find it compiled
-    already, and collectives between CPUs wait for half a minute only.  Raises FloatingPointError, before anything is
-    saved, when a logged loss or gradient norm is not finite.
+    ahead.  Raises FloatingPointError, before anything is saved, when a logged loss or gradient norm is not finite.
     """
     start, total = schedule.start_step, schedule.total_steps
     with tqdm(total=total, initial=start, desc='train', unit='step', mininterval=0.5,
               disable=not writer.enabled) as bar:
-        step = CompiledStep(setting, lambda line: (bar.write(line), wait_for_all()))
         began = last_logged = time.perf_counter()
         tokens, previous = 0, None
         for n in range(start, total):
             batch = next(batches)
             tokens += batch.tokens_BT.size if batch.segments_BT is None else int(np.count_nonzero(batch.segments_BT))
             position = data_position()
-            state, metrics = step(state, put(batch, setting.mesh))
+            state, metrics = step(state, put(batch, mesh))
             if previous is not None:
                 jax.block_until_ready(previous)
             previous = metrics

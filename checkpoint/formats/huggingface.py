@@ -1,0 +1,257 @@
+"""Reads a LLaMA from a Hugging Face directory: config.json and safetensors files.  Next: huggingface_writer.py.
+
+Format facts (transformers' LlamaConfig and modeling_llama; the safetensors format description):
+  - a linear layer is stored [out, in], we keep [in, out]; embed_tokens and lm_head are [V, M] as ours;
+  - rotary order is half-split, as ours;
+  - config.json of transformers 5 has `rope_parameters`, that of transformers 4 has `rope_theta` and `rope_scaling`;
+  - a large model is cut into shards, and model.safetensors.index.json says which tensor lies in which file.
+Everything that would change the mathematics and is not implemented is refused by name.  The safetensors library checks
+a file; its data are then read by ourselves (reading.py), so that memory holds what is asked for and nothing beside it.
+"""
+import json
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from checkpoint.formats.reading import Bounds, read_part, transposed
+from model.config import LlamaConfig, RopeScaling
+
+# our name -> (their name, transposed); {} is the layer
+NAMES = {
+    'embedding': ('model.embed_tokens.weight', False),
+    'layers.attention_norm': ('model.layers.{}.input_layernorm.weight', False),
+    'layers.w_q': ('model.layers.{}.self_attn.q_proj.weight', True),
+    'layers.w_k': ('model.layers.{}.self_attn.k_proj.weight', True),
+    'layers.w_v': ('model.layers.{}.self_attn.v_proj.weight', True),
+    'layers.w_o': ('model.layers.{}.self_attn.o_proj.weight', True),
+    'layers.ffn_norm': ('model.layers.{}.post_attention_layernorm.weight', False),
+    'layers.w_gate': ('model.layers.{}.mlp.gate_proj.weight', True),
+    'layers.w_up': ('model.layers.{}.mlp.up_proj.weight', True),
+    'layers.w_down': ('model.layers.{}.mlp.down_proj.weight', True),
+    'final_norm': ('model.norm.weight', False),
+    'head': ('lm_head.weight', False),
+}
+LARGEST_SIZE = 2**24  # of any one dimension: a config.json beyond it is broken, not large
+DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+
+
+class Reader:
+    """A directory opened for reading; tensors, or parts of them, are read from disk when asked for.
+
+    config: LlamaConfig.  notes: what the caller may want to log (for example several eos ids).
+    names: all tensors of the directory, by the file's names.
+    Raises ValueError for a directory without safetensors, broken files and unsupported architectures.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
+        self.config, self.notes = read_config(self.path / 'config.json')
+        self._shards = {}
+        self._shard_of, self._offset_of = {}, {}
+        for file in _weight_files(self.path):
+            self._open(file)
+        self.names = {name for name in self._shard_of if not name.endswith('rotary_emb.inv_freq')}
+        if self.config.tie_word_embeddings:
+            self.names.discard('lm_head.weight')  # a copy of the embedding, which transformers ignores too
+
+    def _open(self, file: str) -> None:
+        path = self.path / file
+        refuse_placeholder(path)
+        try:
+            shard = safe_open(path, framework='np')
+        except SafetensorError as error:
+            raise ValueError(f'{path} is not a whole safetensors file ({error}): download it again') from None
+        self._shards[file] = shard
+        with open(path, 'rb') as opened:
+            length = int.from_bytes(opened.read(8), 'little')
+            header = json.loads(opened.read(length))
+        for name in shard.keys():
+            if name in self._shard_of:
+                raise ValueError(f'{path}: tensor {name!r} lies in {self._shard_of[name]!r} too')
+            self._shard_of[name] = file
+            self._offset_of[name] = 8 + length + header[name]['data_offsets'][0]
+
+    def source(self, name: str, layer: int | None) -> str:
+        """The file's own name of our tensor, for messages and for `names`."""
+        return NAMES[name][0].format(layer)
+
+    def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
+        """The shape `tensor` would return, from the header alone; None if the directory has no such tensor."""
+        source = self.source(name, layer)
+        if source not in self._shard_of:
+            return None
+        shape = tuple(self._shards[self._shard_of[source]].get_slice(source).get_shape())
+        return shape[::-1] if NAMES[name][1] else shape
+
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        """One tensor, or the part of it within `bounds`, float32, in our layout.
+
+        Raises ValueError naming a missing tensor or an unsupported dtype.
+        """
+        source, is_transposed = self.source(name, layer), NAMES[name][1]
+        if source not in self._shard_of:
+            raise ValueError(f'{self.path}: no tensor {source!r}')
+        stated = self._shards[self._shard_of[source]].get_slice(source)
+        dtype, shape = stated.get_dtype(), stated.get_shape()
+        if dtype not in DTYPES:
+            raise ValueError(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
+                             f'supported: {" ".join(DTYPES)} (quantised models are read from gguf:: files)')
+        array = read_part(self.path / self._shard_of[source], DTYPES[dtype], tuple(shape), self._offset_of[source],
+                          transposed(bounds) if is_transposed else bounds).astype(np.float32, copy=False)
+        return array.T if is_transposed else array
+
+
+def refuse_placeholder(path: Path) -> None:
+    """Raises ValueError if `path` is missing, a dangling link, or a git-lfs pointer instead of the data."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f'{path} is a dangling link to {path.readlink()}: download the model again')
+    if not path.is_file():
+        raise ValueError(f'{path} does not exist')
+    with open(path, 'rb') as file:
+        if file.read(64).startswith(b'version https://git-lfs'):
+            raise ValueError(f'{path} is a git-lfs pointer, not the weights: run `git lfs pull` in that directory')
+
+
+def _weight_files(path: Path) -> list[str]:
+    """The names of the safetensors files, checked against the index if there is one."""
+    index = path / 'model.safetensors.index.json'
+    single = path / 'model.safetensors'
+    if single.exists() or single.is_symlink():
+        return [single.name]
+    if index.exists() or index.is_symlink():
+        refuse_placeholder(index)
+        weight_map = _read_json(index).get('weight_map')
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f'{index}: weight_map must map tensor names to file names')
+        for file in set(weight_map.values()):
+            if file != Path(file).name or file in ('', '.', '..') or '\\' in file:
+                raise ValueError(f'{index}: shard {file!r} must be a plain file name inside the directory')
+        return sorted(set(weight_map.values()))
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt'))
+    if pickles:
+        raise ValueError(f'{path} holds only pickle files ({pickles[0]}), which are never read (unpickling runs code): '
+                         'take the safetensors version, or where the file is trusted convert it with transformers: '
+                         'AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)')
+    raise ValueError(f'{path} holds no weights: expected model.safetensors or model.safetensors.index.json')
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding='utf-8'))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is not JSON: {error}') from None
+    if not isinstance(values, dict):
+        raise ValueError(f'{path} must hold a JSON object')
+    return values
+
+
+def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
+    """config.json as a LlamaConfig, and notes.  Keys that are absent have the defaults of transformers' LlamaConfig.
+
+    Raises ValueError that names the file, the key and the supported values.
+    """
+    refuse_placeholder(path)
+    values = _read_json(path)
+    supported = {'model_type': 'llama', 'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
+                 'quantization_config': None, 'partial_rotary_factor': 1.0, 'auto_map': None}
+    for key, value in supported.items():
+        given = values.get(key, None if key == 'model_type' else value)
+        if given != value:
+            raise ValueError(f'{path}: {key}={given!r} is not supported; supported: {value!r}')
+    theta, scaling = _rope(path, values)
+    notes = []
+    fields = dict(
+        vocab_size=_size(path, values, 'vocab_size'),
+        hidden_size=_size(path, values, 'hidden_size'),
+        intermediate_size=_size(path, values, 'intermediate_size'),
+        num_hidden_layers=_size(path, values, 'num_hidden_layers', largest=10_000),
+        num_attention_heads=_size(path, values, 'num_attention_heads'),
+        num_key_value_heads=_size(path, values, 'num_key_value_heads', absent=0),
+        head_dim=_size(path, values, 'head_dim', absent=0),
+        max_sequence_length=_size(path, values, 'max_position_embeddings', absent=2048),
+        rms_norm_eps=_positive(path, values, 'rms_norm_eps', absent=1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=_bool(path, values, 'tie_word_embeddings', absent=False),
+        initializer_range=_positive(path, values, 'initializer_range', absent=0.02),
+        bos_token_id=_token_id(path, values, 'bos_token_id', absent=1, notes=notes),
+        eos_token_id=_token_id(path, values, 'eos_token_id', absent=2, notes=notes),
+    )
+    try:
+        return LlamaConfig(**fields), notes
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def _rope(path: Path, values: dict) -> tuple[float, RopeScaling | None]:
+    """(rope_theta, scaling) from either generation of transformers."""
+    if values.get('rope_parameters') is not None and values.get('rope_scaling') is not None:
+        raise ValueError(f'{path}: both rope_parameters (transformers 5) and rope_scaling (transformers 4) are given; '
+                         'remove one')
+    key = 'rope_parameters' if values.get('rope_parameters') is not None else 'rope_scaling'
+    rope = values.get(key)
+    rope = {} if rope is None else rope
+    if not isinstance(rope, dict):
+        raise ValueError(f'{path}: {key}={rope!r} must be an object')
+    rope = {name: value for name, value in rope.items() if value is not None}
+    kind = rope.pop('rope_type', rope.get('type', 'default'))
+    rope.pop('type', None)
+    theta = _positive(path, rope if 'rope_theta' in rope else values, 'rope_theta', absent=10000.0)
+    rope.pop('rope_theta', None)
+    if kind not in ('default', 'llama3'):
+        raise ValueError(f'{path}: {key}.rope_type={kind!r} is not supported; supported: default llama3')
+    floats = ('factor', 'low_freq_factor', 'high_freq_factor') if kind == 'llama3' else ()
+    sizes = ('original_max_position_embeddings',) if kind == 'llama3' else ()
+    unknown = sorted(set(rope) - set(floats + sizes) - ({'factor'} if rope.get('factor') == 1 else set()))
+    if unknown:
+        raise ValueError(f'{path}: {key}.{unknown[0]}={rope[unknown[0]]!r} is not supported with rope_type={kind!r}; '
+                         f'supported: rope_theta {" ".join(floats + sizes)}'.rstrip())
+    if kind == 'default':
+        return theta, None
+    return theta, RopeScaling(*(_positive(path, rope, name) for name in floats),
+                              *(_size(path, rope, name) for name in sizes))
+
+
+def _size(path: Path, values: dict, key: str, absent: int | None = None, largest: int = LARGEST_SIZE) -> int:
+    value = values.get(key)
+    if value is None and absent is not None:
+        return absent
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f'{path}: {key}={value!r} must be a whole number between 1 and {largest}')
+    return value
+
+
+def _positive(path: Path, values: dict, key: str, absent: float | None = None) -> float:
+    value = values.get(key)
+    if value is None and absent is not None:
+        return absent
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f'{path}: {key}={value!r} must be a positive number')
+    return float(value)
+
+
+def _bool(path: Path, values: dict, key: str, absent: bool) -> bool:
+    value = values.get(key)
+    value = absent if value is None else value
+    if type(value) is not bool:
+        raise ValueError(f'{path}: {key}={value!r} must be true or false')
+    return value
+
+
+def _token_id(path: Path, values: dict, key: str, absent: int, notes: list[str]) -> int:
+    """A special token's id; of several (chat models list more than one eos) the first, with a note."""
+    value = values.get(key)
+    if value is None:
+        notes.append(f'{path}: no {key}; transformers takes {absent}')
+        return absent
+    if isinstance(value, list) and value:
+        notes.append(f'{path}: {key}={value}; the first one is used')
+        value = value[0]
+    if type(value) is not int or value < 0:
+        raise ValueError(f'{path}: {key}={value!r} must be a token id')
+    return value

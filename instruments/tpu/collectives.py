@@ -1,0 +1,131 @@
+"""The collectives of a compiled program: kind, mesh axes, bytes, and how often each runs in one execution.
+
+    for collective in collectives(compiled.as_text(), mesh): print(collective, collective.wire_bytes)
+
+Read from the optimised HLO, so it is what the compiler made of the program, not what the program asked for:
+  - the CPU's compiler sends bfloat16 as float32 (it has no bfloat16 collectives), the TPU's as bfloat16;
+  - neighbours of one kind are combined into one collective with a tuple for a result: one `Collective`, all its bytes;
+  - the TPU's compiler may make an all-reduce of a reduce-scatter whose pieces do not fit its tiles, and then cut out
+    the piece; in a fusion of its own ("all-reduce-scatter") that still sends what a reduce-scatter does, of the
+    padded array, and counts as one;
+  - an asynchronous collective is several instructions (start, done, and on a TPU the fusions that advance it); it
+    counts once, at its start.
+Devices in a text are places in the order of `mesh.devices.flat`, whatever the ids of the devices are.
+"""
+import collections as counters
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from instruments.tpu import hlo
+
+KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
+CHAIN = 'async_collective_fusion_config'  # in the attributes of a collective that fusions start, advance and end
+
+
+class Collective(NamedTuple):
+    kind: str  # one of KINDS
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ, in the mesh's order
+    devices: int  # in a group
+    bytes: int  # the larger of operand and result, on one device
+    times: int  # executions in one run of the program
+
+    @property
+    def wire_bytes(self) -> int:
+        """What one device sends in one execution, by the ring algorithms; others send no less."""
+        if self.kind == 'collective-permute':
+            return self.bytes
+        return (2 if self.kind == 'all-reduce' else 1) * self.bytes * (self.devices - 1) // self.devices
+
+
+def collectives(text: str, mesh: Mesh) -> list[Collective]:
+    """The collectives of an optimised module's text, equal ones merged, sorted.
+
+    Of a conditional the branch that sends most is taken.
+
+    Raises:
+      ValueError: the text has no entry computation, a trip count cannot be read, or the groups are not the mesh's.
+    """
+    module = hlo.parse(text)
+    found = of_computation(module, module.entry, mesh, {})
+    return sorted(collective._replace(times=times) for collective, times in found.items())
+
+
+def bytes_by_axis(found: list[Collective]) -> dict[str, int]:
+    """What one device sends along each mesh axis in one run; a collective over two axes is under 'fsdp,mp'."""
+    total = counters.Counter()
+    for collective in found:
+        total[','.join(collective.axes)] += collective.wire_bytes * collective.times
+    return dict(total)
+
+
+def of_computation(module: hlo.Module, name: str, mesh: Mesh, known: dict) -> counters.Counter:
+    """{collective with times=1: executions} of one run of a computation."""
+    if name not in known:
+        total = counters.Counter()
+        for instruction in module.computations[name]:
+            collective = of_instruction(module, name, instruction, mesh)
+            if collective is not None:
+                total[collective] += 1
+            branches, times = hlo.called(module, instruction)
+            dearest = max((of_computation(module, branch, mesh, known) for branch in branches), key=sent, default={})
+            total.update({collective: times * count for collective, count in dearest.items()})
+        known[name] = total
+    return known[name]
+
+
+def sent(found: counters.Counter) -> int:
+    return sum(collective.wire_bytes * count for collective, count in found.items())
+
+
+def of_instruction(module: hlo.Module, computation: str, instruction: hlo.Instruction, mesh: Mesh) -> Collective | None:
+    """The collective that an instruction starts, or None; one without partners (groups of one device) is none."""
+    kind = instruction.opcode.removesuffix('-start')
+    neighbours = module.computations[computation]
+    if kind not in KINDS or (CHAIN in instruction.attributes and not starts(neighbours)):
+        return None
+    if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):
+        kind = 'reduce-scatter'
+    groups = device_groups(instruction, mesh.devices.size)
+    places = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)  # [groups, devices, axes]
+    differ = (places != places[:, :1]).any(axis=(0, 1))
+    devices = groups.shape[1]
+    if kind == 'collective-permute':
+        devices = int(np.prod(np.array(mesh.devices.shape)[differ]))
+    types = {neighbour.name: neighbour.type for neighbour in neighbours}
+    operands = sum(hlo.size(types[name]) for name in instruction.operands)
+    if devices == 1:
+        return None
+    return Collective(kind, tuple(axis for axis, moves in zip(mesh.axis_names, differ, strict=True) if moves), devices,
+                      operands * devices if kind == 'all-gather' else operands, 1)
+
+
+def starts(instructions: list[hlo.Instruction]) -> bool:
+    """Whether a fused computation is the one that starts an asynchronous collective."""
+    return any('custom_call_target="AsyncCollectiveStart"' in instruction.attributes for instruction in instructions)
+
+
+def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
+    """[groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
+
+    Written as {{0,1},{2,3}}, as an iota [2,2]<=[4] or transposed [2,2]<=[2,2]T(1,0), or {} for all in one group.
+    """
+    written = re.search(r'(?:replica_groups|source_target_pairs)=(\{\}|\{\{.*?\}\}|\[\S+?\](?:T\([\d,]+\))?)(?=,|\s|$)',
+                        instruction.attributes)
+    if written is None:
+        raise ValueError(f'no groups of devices in {instruction.name}: {instruction.attributes[:200]}')
+    iota = re.fullmatch(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', written[1])
+    if iota:
+        shape, sizes, order = ([int(number) for number in part.split(',')] if part else None for part in iota.groups())
+        groups = np.arange(np.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
+    elif written[1] == '{}':
+        groups = np.arange(devices)[None]
+    else:
+        groups = np.array([[int(place) for place in group.split(',')]
+                           for group in re.findall(r'\{([\d,]+)\}', written[1])])
+    if groups.max() >= devices:
+        raise ValueError(f'{instruction.name} has groups {written[1]} and the mesh {devices} devices: pass the mesh '
+                         'that the program was compiled for')
+    return groups
