@@ -13,6 +13,7 @@ from tqdm import tqdm
 from checkpoint import load, native
 from checkpoint.writing import appears_whole
 from data.tokenizer import Tokenizer, load_tokenizer
+from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config
 from program import flags
 
@@ -24,7 +25,7 @@ def main(config) -> None:
     shard_bytes = check_flags(config)
     model = named_config(config.load_llama_config) if config.load_llama_config else load.read_config(spec)
     if model is None:
-        raise ValueError(f'load_checkpoint={spec!r} does not say the sizes of the model: give them as '
+        raise Mistake(f'load_checkpoint={spec!r} does not say the sizes of the model: give them as '
                          '--load_llama_config, for example 3b')
     tokenizer = find_tokenizer(config, model)
     reader = load.open_reader(spec, model)
@@ -47,18 +48,18 @@ def main(config) -> None:
 
 
 def check_flags(config) -> int:
-    """max_shard_size in bytes.  Raises ValueError, naming the flag, before anything is read."""
+    """max_shard_size in bytes.  Raises Mistake, naming the flag, before anything is read."""
     for name in ('load_checkpoint', 'format', 'output'):
         if not config[name]:
-            raise ValueError(f'{name} is empty: give --load_checkpoint=TYPE::PATH, --format=native, hf or easylm, and '
+            raise Mistake(f'{name} is empty: give --load_checkpoint=TYPE::PATH, --format=native, hf or easylm, and '
                              '--output=NEW_DIRECTORY')
     if Path(config.output).exists():
-        raise ValueError(f'output={config.output!r} exists already: nothing is written over it; choose another path')
+        raise Mistake(f'output={config.output!r} exists already: nothing is written over it; choose another path')
     if config.format == 'native' and config.float_dtype != 'fp32':
-        raise ValueError(f'float_dtype={config.float_dtype!r}: our own checkpoints hold fp32; write hf or easylm')
+        raise Mistake(f'float_dtype={config.float_dtype!r}: our own checkpoints hold fp32; write hf or easylm')
     number, unit = config.max_shard_size[:-2], config.max_shard_size[-2:].upper()
     if unit not in UNITS or not number.isdecimal() or int(number) < 1:
-        raise ValueError(f'max_shard_size={config.max_shard_size!r} must be a whole number with one of the units '
+        raise Mistake(f'max_shard_size={config.max_shard_size!r} must be a whole number with one of the units '
                          f'{" ".join(UNITS)}, for example 5GB')
     return int(number) * UNITS[unit]
 
@@ -74,7 +75,7 @@ def find_tokenizer(config, model: LlamaConfig) -> Tokenizer | None:
         print(f'left out: the tokenizer ({error})', flush=True)
         return None
     if tokenizer and tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}: give '
+        raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}: give '
                          'the one that belongs to the model as --tokenizer.vocab_file')
     return tokenizer
 

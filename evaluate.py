@@ -31,6 +31,7 @@ from evaluation import accuracy
 from evaluation.client import Server
 from hosts import processes
 from hosts.start import failing_together
+from mistake import Mistake
 from program import flags
 from program.model import describe, open_model
 from serving.engine import Engine
@@ -88,13 +89,13 @@ def methods(config) -> tuple[str, ...]:
 def output_directory(config) -> Path:
     """Where to write; also refuses flags that cannot go together, before any work."""
     if bool(config.url) == bool(config.load_checkpoint):
-        raise ValueError(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
+        raise Mistake(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
     for name, least in (('samples', 0), ('sample_tokens', 1), ('max_new_tokens', 1), ('batch_size', 1)):
         if config[name] < least:
-            raise ValueError(f'{name}={config[name]} must be at least {least}')
+            raise Mistake(f'{name}={config[name]} must be at least {least}')
     output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
     if (output / 'evaluation.json').exists():
-        raise ValueError(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')
+        raise Mistake(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')
     return output
 
 
@@ -105,7 +106,7 @@ def choose_template(config) -> PromptTemplate:
         return stored or PromptTemplate()
     labels = tuple(name.strip() for name in config.labels.split(','))
     if stored and stored.labels != labels:
-        raise ValueError(f'labels={config.labels!r}, but load_checkpoint={config.load_checkpoint!r} was trained to '
+        raise Mistake(f'labels={config.labels!r}, but load_checkpoint={config.load_checkpoint!r} was trained to '
                          f'answer {",".join(stored.labels)}: leave --labels out')
     return stored or PromptTemplate(labels=labels)
 
@@ -118,12 +119,12 @@ def read_before(path: str, examples: list[Example], template: PromptTemplate, wa
         known = set(before['results']) & set(wanted)
         unknown = {row['label'] for row in before['samples']} - set(template.labels)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'before={path!r} is no evaluation.json of evaluate.py ({error!r})') from None
+        raise Mistake(f'before={path!r} is no evaluation.json of evaluate.py ({error!r})') from None
     if unknown or not reviews <= {(example.text, template.labels[example.label]) for example in examples}:
-        raise ValueError(f'before={path!r} evaluated reviews that are not among these {len(examples)}: use the same '
+        raise Mistake(f'before={path!r} evaluated reviews that are not among these {len(examples)}: use the same '
                          '--input and --split, and no smaller --sample_size')
     if not known:
-        raise ValueError(f'before={path!r} has results of {", ".join(before["results"])} and none of method '
+        raise Mistake(f'before={path!r} has results of {", ".join(before["results"])} and none of method '
                          f'{", ".join(wanted)}: choose --method accordingly')
     return before
 
@@ -146,7 +147,7 @@ def open_engine(config, template: PromptTemplate, examples: list[Example]) -> As
     new = max(config.max_new_tokens, config.sample_tokens, answer)
     if max(lengths) + new > most:
         worst = examples[lengths.index(max(lengths))].text
-        raise ValueError(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
+        raise Mistake(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
                          f'{most}: leave it out, or lower --sample_tokens')
     print(f'{config.load_checkpoint}: {describe(model)}')
     params = model.load_params(config.load_checkpoint, config.seed)
@@ -181,7 +182,7 @@ def evaluate(asked: Asked, examples: list[Example], shown: list[Example], templa
                         lambda prompts, progress: asked.generate(prompts, max_new_tokens, progress), examples, template,
                         bar.update)
             except FloatingPointError as error:  # the engine's word for weights it cannot compute with
-                raise ValueError(f'method={method!r}: {error} (--load_checkpoint, --dtype)') from None
+                raise Mistake(f'method={method!r}: {error} (--load_checkpoint, --dtype)') from None
         seconds = time.perf_counter() - start
         results[method] = accuracy.accuracy_report(examples, predictions, template) | {
             'seconds': round(seconds, 3), 'reviews_per_second': round(len(examples) / seconds, 3),

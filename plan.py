@@ -32,6 +32,7 @@ from instruments.planning import plan as planning
 from instruments.planning.plan import Plan, Setting
 from instruments.tpu import compile as tpu_compile
 from kernels import chips
+from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import make_mesh
@@ -49,7 +50,7 @@ PACKAGES = ('jax', 'jaxlib', 'libtpu')
 def main(config) -> None:
     jax.config.update('jax_platforms', 'cpu')  # nothing is run
     if not config.topology:
-        raise ValueError('topology is empty: name the slice to plan for, for example --topology=v5e:2x4')
+        raise Mistake('topology is empty: name the slice to plan for, for example --topology=v5e:2x4')
     sizes, compute = model_flags(config)
     check_flags(config, sizes)
     devices, chip = tpu_compile.devices(config.topology), chips.find(config.topology)
@@ -73,7 +74,7 @@ def main(config) -> None:
         print(planning.row(planning.cells(plan)) + (f'   {plan.reason}' if plan.reason else ''), flush=True)
     best = planning.choose(plans)
     if best is None:
-        raise ValueError(f'no mesh of {config.topology} fits: try --llama.remat_block=nothing_saveable, a smaller '
+        raise Mistake(f'no mesh of {config.topology} fits: try --llama.remat_block=nothing_saveable, a smaller '
                          '--batch_size with --optimizer.accumulate_gradient_steps, or a larger slice')
     mesh = make_mesh(best.mesh_dim, devices)
     print(f'a host ({len(host_devices(mesh))} chips) needs {planning.gib(host_bytes(sizes, mesh))} GiB for loading and '
@@ -87,7 +88,7 @@ def main(config) -> None:
 def model_flags(config) -> tuple[LlamaConfig, Compute]:
     """The sizes and how they are computed; --update_llama_config may state both, as in train.py."""
     if not config.load_llama_config:
-        raise ValueError('load_llama_config is empty: name the model to plan for, for example --load_llama_config=3b')
+        raise Mistake('load_llama_config is empty: name the model to plan for, for example --load_llama_config=3b')
     update = flags.literals('update_llama_config', config.update_llama_config)
     remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     for policy in filter(None, remat.values()):
@@ -98,10 +99,10 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
 
 def check_flags(config, sizes: LlamaConfig) -> None:
     if config.optimizer.accumulate_gradient_steps < 1:
-        raise ValueError(f'{config.optimizer.accumulate_gradient_steps=} must be at least 1')
+        raise Mistake(f'{config.optimizer.accumulate_gradient_steps=} must be at least 1')
     for name in ('batch_size', 'seq_length'):
         if config[name] < 1:
-            raise ValueError(f'{name}={config[name]} must be at least 1')
+            raise Mistake(f'{name}={config[name]} must be at least 1')
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)
 
@@ -119,7 +120,7 @@ def wanted_meshes(config, sizes: LlamaConfig, devices: list[jax.Device]) -> list
     for mesh_dim, reason in invalid.items():
         print(f'{mesh_dim}: {reason}')
     if not valid:
-        raise ValueError(f'no mesh of {len(devices)} chips divides this model and batch_size={config.batch_size}')
+        raise Mistake(f'no mesh of {len(devices)} chips divides this model and batch_size={config.batch_size}')
     return valid
 
 
@@ -241,7 +242,7 @@ class Book:
             held = json.loads(self._path.read_text(encoding='utf-8'))
             return held['rows'] if held['question'] == self._question else []
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'output={str(self._path)!r} was not written by plan.py: choose another file') from None
+            raise Mistake(f'output={str(self._path)!r} was not written by plan.py: choose another file') from None
 
     def plan(self, compile_one, batch_size: int) -> Plan:
         mesh_dim = planning.mesh_dim_of(compile_one.args[3])

@@ -22,12 +22,13 @@ from pathlib import Path
 
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
+from mistake import Mistake
 from program import flags
 
 
 def main(config) -> None:
     if not config.output:
-        raise ValueError('output=\'\' must name a directory to write to, for example --output=prepared')
+        raise Mistake('output=\'\' must name a directory to write to, for example --output=prepared')
     template = PromptTemplate(labels=tuple(name.strip() for name in config.labels.split(',')))
     files = labelled_files(config.input, config.split)
     all_examples = read_labelled(config.input, config.split, config.text_field, config.label_field, template.labels)
@@ -41,7 +42,7 @@ def main(config) -> None:
 
     name, output = config.split or files[0].stem, Path(config.output)
     if any(file.resolve() == (output / f'{name}.jsonl').resolve() for file in files):
-        raise ValueError(f'output={config.output!r} holds the input {files[0]}, which would be replaced; choose '
+        raise Mistake(f'output={config.output!r} holds the input {files[0]}, which would be replaced; choose '
                          'another directory')
     output.mkdir(parents=True, exist_ok=True)
     keys = config.record_fields.split(',')

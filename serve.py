@@ -26,6 +26,7 @@ from checkpoint.load import read_tokenizer
 from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
+from mistake import Mistake
 from program import flags
 from program.model import Model, describe, open_model
 from serving.api import MAX_TEMPERATURE, Options, make_app
@@ -85,18 +86,18 @@ def programs_of(pre_compile: str) -> tuple[str, ...]:
     """--lm_server.pre_compile as names of PROGRAMS."""
     names = PROGRAMS if pre_compile == 'all' else tuple(name.strip() for name in pre_compile.split(',') if name.strip())
     if unknown := sorted(set(names) - set(PROGRAMS)):
-        raise ValueError(f'lm_server.{pre_compile=} names {unknown}: use a comma list of {" ".join(PROGRAMS)}; or all')
+        raise Mistake(f'lm_server.{pre_compile=} names {unknown}: use a comma list of {" ".join(PROGRAMS)}; or all')
     return names
 
 
 def options_of(lm_server) -> Options:
     """The flags of the HTTP side, checked."""
     if not 0 <= lm_server.default_temperature <= MAX_TEMPERATURE:
-        raise ValueError(f'lm_server.default_temperature={lm_server.default_temperature} must be from 0 (greedy) to '
+        raise Mistake(f'lm_server.default_temperature={lm_server.default_temperature} must be from 0 (greedy) to '
                          f'{MAX_TEMPERATURE:g}')
     for name, least in (('max_body_bytes', 1), ('queue_size', 0), ('greedy_until_max_length', 1)):
         if lm_server[name] < least:
-            raise ValueError(f'lm_server.{name}={lm_server[name]} must be at least {least}')
+            raise Mistake(f'lm_server.{name}={lm_server[name]} must be at least {least}')
     names = {field.name for field in dataclasses.fields(Options)}
     return Options(**{name: value for name, value in lm_server.items() if name in names})
 
@@ -107,14 +108,14 @@ def options_of(lm_server) -> Options:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before the weights are read.  Port 0 takes any free port.
 
-    Raises ValueError naming --lm_server.host or --lm_server.port and what to do.
+    Raises Mistake naming --lm_server.host or --lm_server.port and what to do.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f'lm_server.{port=} must be from 0 to 65535: choose another --lm_server.port')
+        raise Mistake(f'lm_server.{port=} must be from 0 to 65535: choose another --lm_server.port')
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError):
-        raise ValueError(f'lm_server.{host=} is no address or known name: use --lm_server.host=127.0.0.1') from None
+        raise Mistake(f'lm_server.{host=} is no address or known name: use --lm_server.host=127.0.0.1') from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -128,7 +129,7 @@ def listen(host: str, port: int) -> socket.socket:
             errno.EADDRNOTAVAIL: f'lm_server.{host=} is no address of this computer: use --lm_server.host=127.0.0.1',
         }
         unknown = f'lm_server.{host=} lm_server.{port=}: {error}: choose another --lm_server.host or --lm_server.port'
-        raise ValueError(reasons.get(error.errno, unknown)) from None
+        raise Mistake(reasons.get(error.errno, unknown)) from None
     return listener
 
 
@@ -149,10 +150,10 @@ def load_engine(config, model: Model) -> Engine:
     """Checks what the engine needs, loads the weights, and says what was loaded."""
     spec, path = config.load_checkpoint, config.tokenizer.vocab_file
     if not spec:
-        raise ValueError('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
+        raise Mistake('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
     own = read_tokenizer(spec)
     if own is not None and own.fingerprint != model.tokenizer.fingerprint:
-        raise ValueError(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
+        raise Mistake(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
                          'with and holds: leave --tokenizer.vocab_file away')
     processes.refuse_difference('the tokenizer and the model', f'{model.tokenizer.fingerprint} {model.config}',
                                 'give all processes the same files (--load_checkpoint, --tokenizer.vocab_file)')

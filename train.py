@@ -23,6 +23,7 @@ from data.text_processor import TextProcessor
 from hosts import processes, start
 from instruments.planning.compiled import CompiledStep
 from instruments.planning.plan import Setting
+from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy
 from program import flags
@@ -109,7 +110,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     sizes = {name: value for name, value in llama.items() if name not in only}
     changed = [name for name, value in sizes.items() if value != getattr(LlamaConfig(), name)]
     if changed and config.load_llama_config:
-        raise ValueError(f'llama.{changed[0]}={sizes[changed[0]]!r} and load_llama_config={config.load_llama_config!r} '
+        raise Mistake(f'llama.{changed[0]}={sizes[changed[0]]!r} and load_llama_config={config.load_llama_config!r} '
                          f'both say it: use --update_llama_config="dict({changed[0]}={sizes[changed[0]]!r})"')
     if config.load_llama_config:
         stated = named_config(config.load_llama_config)
@@ -119,7 +120,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     update = flags.literals('update_llama_config', config.update_llama_config)
     for name in sorted(set(update) & set(only)):
         if update.pop(name) != only[name].default:
-            raise ValueError(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
+            raise Mistake(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
     for name in sorted(set(update) & set(remat)):
         remat[name] = update.pop(name)
     for policy in filter(None, remat.values()):
@@ -136,7 +137,7 @@ def run_directory(logger) -> pathlib.Path:
 def experiment_name(logger) -> str | None:
     """experiment_id, behind the prefix if that is its place; None leaves the choice to Weights & Biases."""
     if logger.prefix_to_id and not (logger.prefix and logger.experiment_id):
-        raise ValueError(f'logger.prefix_to_id=True needs logger.prefix={logger.prefix!r} and '
+        raise Mistake(f'logger.prefix_to_id=True needs logger.prefix={logger.prefix!r} and '
                          f'logger.experiment_id={logger.experiment_id!r}: give both')
     return f'{logger.prefix}--{logger.experiment_id}' if logger.prefix_to_id else logger.experiment_id
 
@@ -158,7 +159,7 @@ def wandb_options(config, output_dir: pathlib.Path) -> dict:
 def read_hyperparameters(options, total_steps: int) -> Hyperparameters:
     """The optimizer's hyperparameters; lr_decay_steps=0 means the number of optimizer steps of this run."""
     if options.accumulate_gradient_steps < 1:
-        raise ValueError(f'optimizer.accumulate_gradient_steps={options.accumulate_gradient_steps} must be at least 1')
+        raise Mistake(f'optimizer.accumulate_gradient_steps={options.accumulate_gradient_steps} must be at least 1')
     if options.type == 'palm':
         return Palm(**options.palm_optimizer.to_dict())
     hyper = options.adamw_optimizer.to_dict()
@@ -172,7 +173,7 @@ def read_hyperparameters(options, total_steps: int) -> Hyperparameters:
 def dataset_flags(config) -> tuple[ConfigDict, dict | None]:
     """The flags of train_dataset, and the position at which to begin: both from --load_dataset_state if that is given.
 
-    Raises ValueError for a file that is no dataset state, pickles (EasyLM's dataset.pkl) by name.
+    Raises Mistake for a file that is no dataset state, pickles (EasyLM's dataset.pkl) by name.
     """
     path = config.load_dataset_state
     if not path:
@@ -186,7 +187,7 @@ def dataset_flags(config) -> tuple[ConfigDict, dict | None]:
     try:
         dataset.update(saved['dataset'])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'load_dataset_state={path!r}: its flags are none of train_dataset ({error}); begin the data '
+        raise Mistake(f'load_dataset_state={path!r}: its flags are none of train_dataset ({error}); begin the data '
                          'anew, or give the position as --train_dataset.json_dataset.start_seek_loc and its like') \
             from None
     print(f'load_dataset_state={path!r} replaces the train_dataset flags', flush=True)
@@ -201,14 +202,14 @@ def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedSt
     processor = TextProcessor(tokenizer=model.tokenizer, **options.text_processor.to_dict())
     if options.type == 'huggingface':
         if options.json_dataset.path:
-            raise ValueError(f"{name}.json_dataset.path={options.json_dataset.path!r}, but {name}.type='huggingface': "
+            raise Mistake(f"{name}.json_dataset.path={options.json_dataset.path!r}, but {name}.type='huggingface': "
                              f"add --{name}.type=json")
         reader = HuggingfaceReader(rows.path, rows.name, rows.split, rows.streaming, processor,
                                    skip_bad_lines=rows.skip_bad_lines, flag=flag)
         more = {}
     else:
         if not rows.path:
-            raise ValueError(f'{flag}.path is empty: name a file of JSON lines (prepare_data.py writes them)')
+            raise Mistake(f'{flag}.path is empty: name a file of JSON lines (prepare_data.py writes them)')
         reader = RecordReader(rows.path, processor, skip_bad_lines=rows.skip_bad_lines, flag=flag,
                               processes=rows.tokenizer_processes, chunk_size=rows.tokenizer_parallel_chunk_size,
                               batch_size=rows.tokenizer_parallel_batch_size)
@@ -226,13 +227,13 @@ def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedSt
 def check_batch(batch_size: int, flag: str, model: wiring.Model) -> None:
     devices = model.mesh.shape['dp'] * model.mesh.shape['fsdp']
     if batch_size % devices:
-        raise ValueError(f'{flag}.{batch_size=} must be divisible by dp*fsdp={devices} of the mesh '
+        raise Mistake(f'{flag}.{batch_size=} must be divisible by dp*fsdp={devices} of the mesh '
                          f'{dict(model.mesh.shape)}: change it or --mesh_dim')
 
 
 def epoch_length(batches) -> int:
     if isinstance(batches, PackedStream):
-        raise ValueError('total_steps=0 needs --train_dataset.json_dataset.batching=rows: a stream has no epochs')
+        raise Mistake('total_steps=0 needs --train_dataset.json_dataset.batching=rows: a stream has no epochs')
     return batches.batches_per_epoch
 
 
@@ -278,12 +279,12 @@ def find_resume_step(config, output_dir: pathlib.Path) -> int:
     latest = native.latest_step(output_dir) if output_dir.exists() else None
     if latest is None:
         if found := sorted(output_dir.glob('streaming_*')):
-            raise ValueError(f'logger.output_dir={str(output_dir)!r} holds a run already ({found[0].name}): choose '
+            raise Mistake(f'logger.output_dir={str(output_dir)!r} holds a run already ({found[0].name}): choose '
                              'another directory; a train state goes on with --load_checkpoint=trainstate::FILE and '
                              '--load_dataset_state=dataset.json')
         return 0
     if not config.resume:
-        raise ValueError(f'logger.output_dir={str(output_dir)!r} holds a run already (step {latest}): continue it with '
+        raise Mistake(f'logger.output_dir={str(output_dir)!r} holds a run already (step {latest}): continue it with '
                          '--resume=True, or choose another directory')
     return latest
 
@@ -294,7 +295,7 @@ def resumes_easylm(config) -> bool:
 
 def check_resumable(output_dir: pathlib.Path, latest: int) -> None:
     if latest and 'optimizer.count' not in native.read_manifest(output_dir, latest)['arrays']:
-        raise ValueError(f'{native.step_directory(output_dir, latest)} holds no optimizer state, so the run cannot be '
+        raise Mistake(f'{native.step_directory(output_dir, latest)} holds no optimizer state, so the run cannot be '
                          'resumed: train with --checkpointer.save_optimizer_state=True')
 
 
@@ -321,7 +322,7 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
         arrays = load.load_train_state(config.load_checkpoint, model.config, targets,
                                        hyper.multiply_by_parameter_scale)
     if (begun := int(arrays['optimizer.micro_step'])) >= accumulate:
-        raise ValueError(f'the state stands {begun} micro-steps after its last update, more than '
+        raise Mistake(f'the state stands {begun} micro-steps after its last update, more than '
                          f'optimizer.accumulate_gradient_steps={accumulate} ever is: set the flag as it was')
     tree = lambda name: jax.tree.unflatten(jax.tree.structure(like.params),
                                            [arrays[key] for key in load.by_name(like.params, model.config, name)])
@@ -343,16 +344,16 @@ def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathl
             output_dir, done, arrays, meta | dict(data=position, flags=flag_values), files,
             keep=config.checkpointer.keep, keep_every=config.save_milestone_freq)
     if processes.count() > 1:
-        raise ValueError('checkpointer.format=easylm is written by one process, and this run has '
+        raise Mistake('checkpointer.format=easylm is written by one process, and this run has '
                          f'{processes.count()}: leave it native, and afterwards python convert.py --format=easylm')
     try:
         from checkpoint.formats import easylm_writer
     except ModuleNotFoundError as error:
-        raise ValueError(f'checkpointer.format=easylm needs the Python package {error.name!r}: '
+        raise Mistake(f'checkpointer.format=easylm needs the Python package {error.name!r}: '
                          "install this project with its extra 'formats'") from None
     easylm_writer.refuse_unsupported(model.config)
     if config.resume:
-        raise ValueError('resume=True continues native checkpoints; with checkpointer.format=easylm go on with '
+        raise Mistake('resume=True continues native checkpoints; with checkpointer.format=easylm go on with '
                          '--load_checkpoint=trainstate::FILE and --load_dataset_state=dataset.json')
     float_dtype = config.checkpointer.float_dtype
     if config.checkpointer.save_optimizer_state and float_dtype not in ('', 'fp32', 'float32'):

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from checkpoint import native, shards
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes, tokenizer_from_json
+from mistake import Mistake
 from model.config import LlamaConfig, config_from_dict, config_to_dict
 from model.llama import Llama, abstract_params, weight_specs
 from model.partition import WeightSpec
@@ -53,7 +54,7 @@ def read_config(spec: str) -> LlamaConfig | None:
 
 
 def read_tokenizer(spec: str) -> Tokenizer | None:
-    """The tokenizer that comes with the weights, or None; raises ValueError if there is one that is not supported."""
+    """The tokenizer that comes with the weights, or None; raises Mistake if there is one that is not supported."""
     kind, path = split_spec(spec)
     if kind == 'hf':
         known = any((Path(path) / name).is_file() for name in ('tokenizer.json', 'tokenizer.model'))
@@ -128,7 +129,7 @@ def tensors_of(config: LlamaConfig) -> list[tuple[WeightSpec, int | None]]:
 def load_params(spec: str, config: LlamaConfig, mesh: Mesh) -> Llama:
     """The weights: float32, on the shardings of `abstract_params(config, mesh)`.
 
-    Raises ValueError for a spec that names nothing readable, and for a checkpoint of another shape than `config`.
+    Raises Mistake for a spec that names nothing readable, and for a checkpoint of another shape than `config`.
     """
     kind, path = split_spec(spec)
     targets = abstract_params(config, mesh)
@@ -159,7 +160,7 @@ def load_train_state(spec: str, config: LlamaConfig, targets: dict[str, jax.Shap
     targets: 'params.*', 'momentum.*', 'second_moment.*', 'optimizer.count', 'optimizer.micro_step', and with
     accumulation 'mean_gradient.*'; each array comes in its target's dtype, on its sharding.  parameter_scale: the flag
     optimizer.adamw_optimizer.multiply_by_parameter_scale, which decides what the second moment is.
-    Raises ValueError for another shape of the model, and for a state of another kind of optimizer.
+    Raises Mistake for another shape of the model, and for a state of another kind of optimizer.
     """
     _, path = split_spec(spec)
     accumulated = any(name.startswith('mean_gradient.') for name in targets)
@@ -189,7 +190,7 @@ def open_reader(spec: str, config: LlamaConfig):
 
 
 def _compare(spec: str, reader, config: LlamaConfig) -> None:
-    """Raises ValueError unless the reader has exactly the tensors of `config`, in their shapes."""
+    """Raises Mistake unless the reader has exactly the tensors of `config`, in their shapes."""
     wrong, expected = [], set()
     for weight, layer in tensors_of(config):
         want = weight.shape[1:] if weight.stacked else weight.shape
@@ -210,7 +211,7 @@ def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
 
 def _refuse_misfit(spec: str, wrong: list[str]) -> None:
     if wrong:
-        raise ValueError(f'load_checkpoint={spec!r} is a checkpoint of another shape than the model: '
+        raise Mistake(f'load_checkpoint={spec!r} is a checkpoint of another shape than the model: '
                          f'{native.shortened(wrong)} (check --load_llama_config; without it the '
                          'sizes are those that the checkpoint states, if it does)')
 
@@ -226,20 +227,20 @@ def _assemble(reader, weight: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.A
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """'TYPE::PATH' -> (type, path), a bare path -> ('native', path).  Raises ValueError with the types that exist."""
+    """'TYPE::PATH' -> (type, path), a bare path -> ('native', path).  Raises Mistake with the types that exist."""
     kind, separator, path = spec.partition('::')
     if not separator:
         kind, path = 'native', spec
     elif kind not in (*TYPES, 'pickle'):
         close = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
         hint = f' (did you mean {close[0]}::?)' if close else ''
-        raise ValueError(f'load_checkpoint={spec!r}: unknown type {kind!r}{hint}; types: '
+        raise Mistake(f'load_checkpoint={spec!r}: unknown type {kind!r}{hint}; types: '
                          f'{" ".join(name + "::" for name in TYPES)}, or a bare path for our own checkpoints')
     if kind == 'pickle' or Path(path).suffix in ('.pkl', '.pickle', '.pt', '.pth'):
-        raise ValueError(f'load_checkpoint={spec!r}: pickle files are never read (unpickling runs code); save the '
+        raise Mistake(f'load_checkpoint={spec!r}: pickle files are never read (unpickling runs code); save the '
                          'weights as safetensors (hf::) or take the streaming file of the same run (params::)')
     if not path or not Path(path).exists() and not Path(path).is_symlink():
-        raise ValueError(f'load_checkpoint={spec!r}: {path!r} does not exist')
+        raise Mistake(f'load_checkpoint={spec!r}: {path!r} does not exist')
     return kind, path
 
 
@@ -260,7 +261,7 @@ def _formats(spec: str, module: str):
     try:
         return importlib.import_module(f'checkpoint.formats.{module}')
     except ModuleNotFoundError as error:
-        raise ValueError(f'load_checkpoint={spec!r} needs the Python package {error.name!r}: '
+        raise Mistake(f'load_checkpoint={spec!r} needs the Python package {error.name!r}: '
                          "install this project with its extra 'formats'") from None
 
 
@@ -293,7 +294,7 @@ def native_step(path: str) -> tuple[str, int]:
         return str(Path(path).parent), int(name.removeprefix('step_'))
     if (Path(path) / 'config.json').exists() or Path(path).is_file():
         kind = 'gguf' if path.endswith('.gguf') else 'params' if Path(path).is_file() else 'hf'
-        raise ValueError(f'load_checkpoint={path!r} is no checkpoint of ours: a foreign one is named with its type, '
+        raise Mistake(f'load_checkpoint={path!r} is no checkpoint of ours: a foreign one is named with its type, '
                          f'for example {kind}::{path}')
     return path, native.existing_step(path, None)
 
@@ -302,5 +303,5 @@ def _meta(spec: str, key: str, *default):
     directory, step = native_step(split_spec(spec)[1])
     meta = native.read_meta(directory, step)
     if key not in meta and not default:
-        raise ValueError(f'load_checkpoint={spec!r}: {native.step_directory(directory, step)} states no {key}')
+        raise Mistake(f'load_checkpoint={spec!r}: {native.step_directory(directory, step)} states no {key}')
     return meta.get(key, *default)

@@ -34,6 +34,7 @@ import tensorstore as ts
 from checkpoint import shards
 from checkpoint.writing import sync
 from hosts import processes
+from mistake import Mistake
 
 MANIFEST = 'manifest.json'
 DTYPES = ('float32', 'bfloat16', 'float16', 'bool', 'int8', 'uint8', 'int32', 'uint32', 'int64', 'uint64')
@@ -69,7 +70,7 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
     arrays: name -> array of any shape, float32, bfloat16, integer or bool; any sharding of the run's devices; or
     Streamed (by one process only).
     meta: JSON-ready.  files: plain file name -> content.  Blocks until all of it is on disk.
-    Raises ValueError, leaving everything as it was, for an array with NaN or infinity, a step that is there already, or
+    Raises Mistake, leaving everything as it was, for an array with NaN or infinity, a step that is there already, or
     names that are no plain names; OSError when the disk is full or refuses, the checkpoints before it staying as well.
     With several processes all call it, with the same arguments; what fails on one raises on all, at the latest after
     processes.PATIENCE_SECONDS.
@@ -138,7 +139,7 @@ def _refuse_existing(final: Path, step: int) -> None:
         except ValueError as error:
             _log.warning('replacing a checkpoint that cannot be loaded: %s', error)
             return
-        raise ValueError(f'{final} exists already: step {step} is not saved over it; choose another directory')
+        raise Mistake(f'{final} exists already: step {step} is not saved over it; choose another directory')
 
 
 def _write_shards(temporary: Path, arrays, files: dict[str, bytes]) -> dict[str, dict]:
@@ -150,7 +151,7 @@ def _write_shards(temporary: Path, arrays, files: dict[str, bytes]) -> dict[str,
     if processes.index() == 0:
         written = {temporary / name for name in files} | {temporary / 'arrays' / name / 'zarr.json' for name in arrays}
     elif not temporary.is_dir():
-        raise ValueError(f'{temporary}, which process 0 made, is not seen by process {processes.index()}: checkpoints '
+        raise Mistake(f'{temporary}, which process 0 made, is not seen by process {processes.index()}: checkpoints '
                          'must lie on a file system that all processes share')
     for name, array in arrays.items():
         path = temporary / 'arrays' / name
@@ -200,7 +201,7 @@ def _write_parts(path: Path, store: ts.TensorStore, parts: list[tuple]) -> set[P
     """Writes [(index, values)] and returns the files that hold them."""
     floats = jnp.issubdtype(store.dtype.numpy_dtype, jnp.floating)
     if floats and not all(np.isfinite(part).all() for _, part in parts):
-        raise ValueError(f'array {path.name!r} holds NaN or infinity: not saved, the checkpoints before it stay')
+        raise Mistake(f'array {path.name!r} holds NaN or infinity: not saved, the checkpoints before it stay')
     for write in [store[index].write(part) for index, part in parts]:
         try:
             write.result()
@@ -239,7 +240,7 @@ def _chunk_shape(array: jax.Array | Streamed) -> list[int]:
 
 
 def check_shared(directory: str) -> None:
-    """With several processes makes `directory`; raises ValueError on all of them unless all see the same one."""
+    """With several processes makes `directory`; raises Mistake on all of them unless all see the same one."""
     if processes.count() == 1:
         return
     root = Path(directory)
@@ -251,7 +252,7 @@ def check_shared(directory: str) -> None:
     seen = processes.agree(mark.exists)
     processes.agree(lambda: mark.unlink() if leads else None)
     if not all(seen):
-        raise ValueError(f'{root} of process 0 is another directory than that of process {seen.index(False)}: name one '
+        raise Mistake(f'{root} of process 0 is another directory than that of process {seen.index(False)}: name one '
                          'on a file system that all processes share')
 
 
@@ -276,7 +277,7 @@ def latest_step(directory: str) -> int | None:
 def read_manifest(directory: str, step: int | None = None) -> dict:
     """step, meta, arrays (name -> shape, dtype) and files of a step (None: the newest complete one).
 
-    Raises ValueError if there is none, or names what is wrong with the one that was asked for.
+    Raises Mistake if there is none, or names what is wrong with the one that was asked for.
     """
     return _read_manifest(step_directory(directory, existing_step(directory, step)))
 
@@ -292,20 +293,20 @@ def read_file(directory: str, step: int | None, name: str) -> bytes:
     path = step_directory(directory, step)
     manifest = _read_manifest(path)
     if name not in manifest['files']:
-        raise ValueError(f'{path} holds no file {name!r}')
+        raise Mistake(f'{path} holds no file {name!r}')
     _verify(path, manifest, [name])
     return (path / name).read_bytes()
 
 
 def existing_step(directory: str, step: int | None) -> int:
-    """`step`, or for None the newest complete one; raises ValueError if it is not there."""
+    """`step`, or for None the newest complete one; raises Mistake if it is not there."""
     found = latest_step(directory) if step is None else step
     if found is None:
         broken = ' '.join(sorted(path.name for path in Path(directory).glob('step_*')))
-        raise ValueError(f'{str(directory)!r} holds no complete checkpoint'
+        raise Mistake(f'{str(directory)!r} holds no complete checkpoint'
                          + (f'; incomplete: {broken}' if broken else ''))
     if not step_directory(directory, found).is_dir():
-        raise ValueError(f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
+        raise Mistake(f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
     return found
 
 
@@ -331,20 +332,20 @@ def _complete(path: Path) -> dict | None:
 
 def _read_manifest(path: Path) -> dict:
     if (manifest := _sound_manifest(path)) is None:
-        raise ValueError(f'{path / MANIFEST} is missing or corrupt' + _other_steps(path))
+        raise Mistake(f'{path / MANIFEST} is missing or corrupt' + _other_steps(path))
     return manifest
 
 
 def _verify(path: Path, manifest: dict, names) -> None:
-    """Raises ValueError naming the first of the files `names` whose size or sha256 is not the manifest's."""
+    """Raises Mistake naming the first of the files `names` whose size or sha256 is not the manifest's."""
     for name in names:
         entry, file = manifest['files'][name], path / name
         size = file.stat().st_size if file.is_file() else 'no'
         if size != entry['size']:
-            raise ValueError(f'{file} has {size} bytes instead of {entry["size"]}: the checkpoint is corrupt'
+            raise Mistake(f'{file} has {size} bytes instead of {entry["size"]}: the checkpoint is corrupt'
                              + _other_steps(path))
         if _sha256(file) != entry['sha256']:
-            raise ValueError(f'{file} does not have the sha256 of its manifest: the checkpoint is corrupt'
+            raise Mistake(f'{file} does not have the sha256 of its manifest: the checkpoint is corrupt'
                              + _other_steps(path))
 
 
@@ -360,7 +361,7 @@ def restore(directory: str, step: int | None, targets: dict[str, jax.ShapeDtypeS
     """The arrays named in `targets`, each on the sharding of its target, from a step (None: the newest complete one).
 
     Every device reads its own part only, whatever the sharding was at save.  The files of the parts that this process
-    reads are compared with their sha256 first.  Raises ValueError naming a corrupt file, or up to 10 arrays that are
+    reads are compared with their sha256 first.  Raises Mistake naming a corrupt file, or up to 10 arrays that are
     missing or differ.
     """
     step = existing_step(directory, step)
@@ -374,7 +375,7 @@ def restore(directory: str, step: int | None, targets: dict[str, jax.ShapeDtypeS
         if got != want:
             wrong.append(f'{name} got {got} want {want}')
     if wrong:
-        raise ValueError(f'{path} was saved by a model or optimizer of other sizes or dtypes: {shortened(wrong)}')
+        raise Mistake(f'{path} was saved by a model or optimizer of other sizes or dtypes: {shortened(wrong)}')
     return {name: _restore_array(path, manifest, name, target) for name, target in targets.items()}
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from mistake import Mistake
+
 FLOATS = {'fp32': np.float32, 'bf16': ml_dtypes.bfloat16, 'fp16': np.float16}  # and EasyLM's longer names of them
 FLOATS |= {np.dtype(dtype).name: dtype for dtype in FLOATS.values()}
 _log = logging.getLogger(__name__)
@@ -24,10 +26,10 @@ def appears_whole(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` to write a file or directory to; at the end all of it is synced, then renamed.
 
     After an exception nothing is left, and what stood at `path` stays; what a killed process left is removed the next
-    time, with a warning.  Raises ValueError if something stands at `path`, unless it may be replaced (a file only).
+    time, with a warning.  Raises Mistake if something stands at `path`, unless it may be replaced (a file only).
     """
     if path.exists() and not replace:
-        raise ValueError(f'{path} exists already: nothing is written over it; choose another path, or remove it')
+        raise Mistake(f'{path} exists already: nothing is written over it; choose another path, or remove it')
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in sorted(path.parent.glob(f'{glob.escape(path.name)}.tmp-*')):
         _log.warning('removing %s, left over from a write that was interrupted', leftover)
@@ -61,12 +63,12 @@ def sync(path: Path) -> None:
 def rounded(array: np.ndarray, float_dtype: str, what: str) -> np.ndarray:
     """`array` in a dtype of FLOATS, to nearest; '' and whole numbers stay as they are.
 
-    Raises ValueError, naming `what`, for NaN and infinity, those included that only the rounding makes.
+    Raises Mistake, naming `what`, for NaN and infinity, those included that only the rounding makes.
     """
     if not np.issubdtype(array.dtype, np.integer):
         with np.errstate(over='ignore'):
             array = array.astype(FLOATS[float_dtype], copy=False) if float_dtype else array
         if not np.isfinite(array).all():
-            raise ValueError(f'{what} holds NaN, infinity, or a value beyond the range of {array.dtype.name}: not '
+            raise Mistake(f'{what} holds NaN, infinity, or a value beyond the range of {array.dtype.name}: not '
                              'written' + ('; take bf16 or fp32' if array.dtype == np.float16 else ''))
     return array

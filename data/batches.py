@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.huggingface import HuggingfaceReader
 from data.records import Record, RecordReader
+from mistake import Mistake
 
 Reader = RecordReader | HuggingfaceReader
 STREAM_STATE = 'start', 'index', 'dropped', 'skipped_lines', 'total_tokens'  # whole numbers of a PackedStream's state
@@ -60,7 +61,7 @@ class PackedStream:
                  throughput_average_window_size: int = 200):
         _check_sizes(reader, seq_length, batch_size)
         if min(start_seek_loc, example_index_at_start, tokens_count_at_start) < 0:
-            raise ValueError(f'{reader.flag}: {start_seek_loc=}, {example_index_at_start=} and '
+            raise Mistake(f'{reader.flag}: {start_seek_loc=}, {example_index_at_start=} and '
                              f'{tokens_count_at_start=} must not be negative')
         reader.check_start(start_seek_loc)
         self.reader, self.batch_size, self.seq_length = reader, batch_size, seq_length
@@ -105,7 +106,7 @@ class PackedStream:
                 'total_tokens': self.total_tokens, 'source': self._source}
 
     def restore(self, state: dict) -> None:
-        """Continue after the batch whose `state()` this is.  Raises ValueError when file or text settings differ."""
+        """Continue after the batch whose `state()` this is.  Raises Mistake when file or text settings differ."""
         _check_state(state, STREAM_STATE, self.reader.flag)
         _check_source(state['source'], self._source, self.reader)
         self.reader.check_start(state['start'])
@@ -115,7 +116,7 @@ class PackedStream:
         if state['dropped']:
             head = next(self._records)
             if head.start != state['start'] or len(head.tokens) <= state['dropped']:
-                raise ValueError(f'{self.reader.flag}: no record of {self.reader.path} with more than '
+                raise Mistake(f'{self.reader.flag}: no record of {self.reader.path} with more than '
                                  f'{state["dropped"]} tokens begins at {state["start"]}; {_DAMAGED}')
             self._append(head)
             self._drop(state['dropped'])
@@ -133,7 +134,7 @@ class PackedStream:
                 found = True
                 yield record
             if not found and start == 0:
-                raise ValueError(f'{self.reader.path}: no usable record in it, {self.reader.skipped_lines} bad lines '
+                raise Mistake(f'{self.reader.path}: no usable record in it, {self.reader.skipped_lines} bad lines '
                                  f'skipped; check --{self.reader.flag}.path')
             start = index = 0
 
@@ -184,14 +185,14 @@ class Rows:
                  throughput_average_window_size: int = 200):
         _check_sizes(reader, seq_length, batch_size)
         if start_seek_loc or example_index_at_start or tokens_count_at_start:
-            raise ValueError(f'{reader.flag}: {start_seek_loc=}, {example_index_at_start=} and '
+            raise Mistake(f'{reader.flag}: {start_seek_loc=}, {example_index_at_start=} and '
                              f'{tokens_count_at_start=} must be 0 where batching=rows: rows are shuffled, so no place '
                              'of the file begins the rest; resume the run, or set batching=stream')
         if too_long not in ('error', 'truncate', 'drop'):
-            raise ValueError(f'{reader.flag}.{too_long=} must be error, truncate or drop')
+            raise Mistake(f'{reader.flag}.{too_long=} must be error, truncate or drop')
         self.edges = np.array(bucket_lengths or default_buckets(seq_length))
         if self.edges[-1] != seq_length or np.any(np.diff(self.edges) <= 0) or self.edges[0] < 1:
-            raise ValueError(f'{bucket_lengths=} must rise and end with {seq_length=}')
+            raise Mistake(f'{bucket_lengths=} must rise and end with {seq_length=}')
         self.reader, self.batch_size, self.seq_length, self.seed = reader, batch_size, seq_length, seed
         self.shuffle, self.too_long = shuffle, too_long
         self.counts = {'rows': 0, 'truncated': 0, 'dropped': 0, 'skipped_lines': 0}
@@ -246,11 +247,11 @@ class Rows:
         return {'epoch': self.epoch, 'batch': self.batch, 'total_tokens': self.total_tokens, 'source': self._source}
 
     def restore(self, state: dict) -> None:
-        """Continue after the batch whose `state()` this is.  Raises ValueError when records or settings differ."""
+        """Continue after the batch whose `state()` this is.  Raises Mistake when records or settings differ."""
         _check_state(state, ROWS_STATE, self.reader.flag)
         _check_source(state['source'], self._source, self.reader)
         if state['batch'] > self.batches_per_epoch:
-            raise ValueError(f'{self.reader.flag}: the saved data state has batch={state["batch"]} of '
+            raise Mistake(f'{self.reader.flag}: the saved data state has batch={state["batch"]} of '
                              f'{self.batches_per_epoch}; {_DAMAGED}')
         self.epoch, self.batch, self.total_tokens = state['epoch'], state['batch'], state['total_tokens']
 
@@ -269,7 +270,7 @@ class Rows:
             self.positions.append(positions)
         self.counts.update(rows=len(self.tokens), skipped_lines=self.reader.skipped_lines)
         if not self.tokens:
-            raise ValueError(f'{self.reader.path}: no usable record in it, {self.counts}; check '
+            raise Mistake(f'{self.reader.path}: no usable record in it, {self.counts}; check '
                              f'--{self.reader.flag}.path')
 
     def _fit(self, record: Record) -> Record | None:
@@ -278,7 +279,7 @@ class Rows:
             return record
         where = self.reader.place(record.index)
         if self.too_long == 'error':
-            raise ValueError(f'{where}: {len(record.tokens) - 1} tokens do not fit {self.reader.flag}.seq_length='
+            raise Mistake(f'{where}: {len(record.tokens) - 1} tokens do not fit {self.reader.flag}.seq_length='
                              f'{self.seq_length}; raise it, or set --{self.reader.flag}.too_long=truncate or drop')
         if self.too_long == 'drop':
             self.counts['dropped'] += 1
@@ -286,7 +287,7 @@ class Rows:
         keep = int(record.tokens[0] == self.reader.processor.tokenizer.bos_token_id and not record.loss_mask[0])
         prompt = (record.loss_mask + [1.0]).index(1.0, keep) - keep
         if 0 < prompt < extra + 1 - keep:  # something must stay in front of the first target
-            raise ValueError(f'{where}: the part with loss alone does not fit {self.reader.flag}.seq_length='
+            raise Mistake(f'{where}: the part with loss alone does not fit {self.reader.flag}.seq_length='
                              f'{self.seq_length}; raise it, or set --{self.reader.flag}.too_long=drop')
         self.counts['truncated'] += 1
         return record._replace(tokens=record.tokens[:keep] + record.tokens[keep + extra:],
@@ -349,7 +350,7 @@ class Throughput:
 
     def __init__(self, reader: Reader, window: int):
         if window < 1:
-            raise ValueError(f'{reader.flag}.throughput_average_window_size={window} must be at least 1 batch')
+            raise Mistake(f'{reader.flag}.throughput_average_window_size={window} must be at least 1 batch')
         self._tokens, self._began = 0, None
         self._recent = deque(maxlen=window + 1)  # (time, tokens until then), the oldest begins the window
 
@@ -375,14 +376,14 @@ class Throughput:
 def read_dataset_state(path: str) -> dict:
     """{'state': what `state()` gave, 'dataset': flags of the data set, nested} from JSON (--load_dataset_state).
 
-    Raises ValueError for another file, EasyLM's dataset.pkl among them: its numbers can be given as flags.
+    Raises Mistake for another file, EasyLM's dataset.pkl among them: its numbers can be given as flags.
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f'load_dataset_state={path!r} is no file; it must name a dataset state that a run wrote')
+        raise Mistake(f'load_dataset_state={path!r} is no file; it must name a dataset state that a run wrote')
     raw = file.read_bytes()
     if file.suffix in ('.pkl', '.pickle') or raw.startswith(b'\x80'):
-        raise ValueError(
+        raise Mistake(
             f'load_dataset_state={path!r}: pickles are never read. Give its numbers as flags, from the metrics that '
             "EasyLM logged: --train_dataset.json_dataset.start_seek_loc=(dataset_file_loc), "
             '--train_dataset.json_dataset.example_index_at_start=(dataset_example_index + 1), '
@@ -391,9 +392,9 @@ def read_dataset_state(path: str) -> dict:
     try:
         saved = json.loads(raw.decode('utf-8'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'load_dataset_state={path!r} holds no valid JSON: {error}') from None
+        raise Mistake(f'load_dataset_state={path!r} holds no valid JSON: {error}') from None
     if not isinstance(saved, dict) or not all(isinstance(saved.get(name), dict) for name in ('state', 'dataset')):
-        raise ValueError(f'load_dataset_state={path!r} must hold {{"state": {{..}}, "dataset": {{..}}}}, as a run '
+        raise Mistake(f'load_dataset_state={path!r} must hold {{"state": {{..}}, "dataset": {{..}}}}, as a run '
                          'writes it')
     state = saved['state']
     _check_state(state, ROWS_STATE if 'epoch' in state else STREAM_STATE, f'load_dataset_state={path!r}')
@@ -408,7 +409,7 @@ def default_buckets(seq_length: int) -> tuple[int, ...]:
 
 def _check_sizes(reader: Reader, seq_length: int, batch_size: int) -> None:
     if seq_length < 1 or batch_size < 1:
-        raise ValueError(f'{reader.flag}: {seq_length=} and {batch_size=} must be at least 1')
+        raise Mistake(f'{reader.flag}: {seq_length=} and {batch_size=} must be at least 1')
 
 
 _DAMAGED = ('the state is damaged, or belongs to other data: continue from another checkpoint or state file, or start '
@@ -416,23 +417,23 @@ _DAMAGED = ('the state is damaged, or belongs to other data: continue from anoth
 
 
 def _check_state(state: dict, numbers: tuple[str, ...], where: str) -> None:
-    """Raises ValueError unless `state` has `numbers`, whole and not negative, and a source."""
+    """Raises Mistake unless `state` has `numbers`, whole and not negative, and a source."""
     if not isinstance(state, dict):
-        raise ValueError(f'{where}: the saved data state is {state!r}; {_DAMAGED}')
+        raise Mistake(f'{where}: the saved data state is {state!r}; {_DAMAGED}')
     if numbers == STREAM_STATE and 'epoch' in state or numbers == ROWS_STATE and 'dropped' in state:
         other = 'rows' if 'epoch' in state else 'stream'
-        raise ValueError(f'{where}: the saved data state is one of batching={other}; continue with that')
+        raise Mistake(f'{where}: the saved data state is one of batching={other}; continue with that')
     for name in numbers:
         value = state.get(name)
         if type(value) is not int or value < 0:
-            raise ValueError(f'{where}: the saved data state has {name}={value!r}, which must be a whole number from 0 '
+            raise Mistake(f'{where}: the saved data state has {name}={value!r}, which must be a whole number from 0 '
                              f'on; {_DAMAGED}')
     if not isinstance(state.get('source'), dict):
-        raise ValueError(f'{where}: the saved data state has source={state.get("source")!r}; {_DAMAGED}')
+        raise Mistake(f'{where}: the saved data state has source={state.get("source")!r}; {_DAMAGED}')
 
 
 def _check_source(saved: dict, ours: dict, reader: Reader) -> None:
     for name in ours:
         if saved.get(name) != ours[name]:
-            raise ValueError(f'{reader.flag}: cannot continue with {reader.path}: {name} was {saved.get(name)}, now it '
+            raise Mistake(f'{reader.flag}: cannot continue with {reader.path}: {name} was {saved.get(name)}, now it '
                              f'is {ours[name]}; continue with the same records and settings, or start anew')

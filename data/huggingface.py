@@ -9,13 +9,14 @@ from itertools import islice
 
 from data.records import Record, refuse_or_count
 from data.text_processor import TextProcessor
+from mistake import Mistake
 
 
 class HuggingfaceReader:
     """The records of `datasets.load_dataset(path, name, split=split, streaming=streaming)`, in the set's order.
 
     name: '' for none.  flag, skip_bad_lines, skipped_lines, problems: as in RecordReader; an example that lacks a
-    field, or holds something else than text in it, is a bad one.  Raises ValueError for a set that cannot be loaded
+    field, or holds something else than text in it, is a bad one.  Raises Mistake for a set that cannot be loaded
     and where the library is not installed.
     """
 
@@ -24,16 +25,16 @@ class HuggingfaceReader:
     def __init__(self, path: str, name: str, split: str, streaming: bool, processor: TextProcessor, *,
                  skip_bad_lines: bool = False, flag: str = 'train_dataset.huggingface_dataset'):
         if not path or not split:
-            raise ValueError(f'{flag}: {path=} and {split=} must both be given, for example '
+            raise Mistake(f'{flag}: {path=} and {split=} must both be given, for example '
                              f'--{flag}.path=allenai/c4 --{flag}.split=train')
         try:
             import datasets
         except ImportError:
-            raise ValueError(f"{flag}.{path=} needs the datasets library: pip install -e '.[huggingface]'") from None
+            raise Mistake(f"{flag}.{path=} needs the datasets library: pip install -e '.[huggingface]'") from None
         try:
             self._dataset = datasets.load_dataset(path, name or None, split=split, streaming=streaming)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f'{flag}: {path=} {name=} {split=} cannot be loaded: {error}; check the three (name is '
+            raise Mistake(f'{flag}: {path=} {name=} {split=} cannot be loaded: {error}; check the three (name is '
                              "'' for a set without configurations), and the network unless path is a local directory"
                              ) from error
         self.path, self.processor, self.skip_bad_lines, self.flag = path, processor, skip_bad_lines, flag
@@ -70,9 +71,9 @@ class HuggingfaceReader:
         return self._named | {'rows': self._rows, 'sha256_of_first_100': digest.hexdigest()}
 
     def check_start(self, start: int) -> None:
-        """Raises ValueError for an example beyond the end (which streaming cannot know)."""
+        """Raises Mistake for an example beyond the end (which streaming cannot know)."""
         if self._rows is not None and start > self._rows:
-            raise ValueError(f'{self.flag}: example {start} is beyond the end of {self.path}, which has {self._rows}')
+            raise Mistake(f'{self.flag}: example {start} is beyond the end of {self.path}, which has {self._rows}')
 
     def close(self) -> None:
         """Nothing to end: examples are tokenized in this process."""

@@ -9,6 +9,8 @@ Neighbours: prepare_data.py writes records with it.
 """
 import dataclasses
 
+from mistake import Mistake
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
@@ -22,18 +24,18 @@ class PromptTemplate:
     def __post_init__(self):
         for name in ('prefix', 'suffix', 'answer_prefix'):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f'template {name}={getattr(self, name)!r} must be text')
+                raise Mistake(f'template {name}={getattr(self, name)!r} must be text')
         names = self.labels if isinstance(self.labels, tuple) else ()
         different = {name.strip().lower() for name in names if isinstance(name, str)} - {''}
         if len(different) < 2 or len(different) != len(names):
-            raise ValueError(f'template labels={self.labels!r} must be at least two different names')
+            raise Mistake(f'template labels={self.labels!r} must be at least two different names')
 
     def prompt(self, text: str) -> str:
         return self.prefix + text + self.suffix
 
     def answer(self, label: int) -> str:
         if not 0 <= label < len(self.labels):
-            raise ValueError(f'{label=} must be one of 0 .. {len(self.labels) - 1}: {self.labels}')
+            raise Mistake(f'{label=} must be one of 0 .. {len(self.labels) - 1}: {self.labels}')
         return self.answer_prefix + self.labels[label]
 
     def record(self, text: str, label: int) -> str:
@@ -45,9 +47,9 @@ class PromptTemplate:
 
     @classmethod
     def from_dict(cls, values: dict, source: str = 'template') -> 'PromptTemplate':
-        """The template of `to_dict`.  Raises ValueError, naming `source`, unless exactly its keys are there."""
+        """The template of `to_dict`.  Raises Mistake, naming `source`, unless exactly its keys are there."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) != names or not isinstance(values['labels'], list | tuple):
-            raise ValueError(f'{source}: a prompt template has the keys {sorted(names)}, with labels a list; '
+            raise Mistake(f'{source}: a prompt template has the keys {sorted(names)}, with labels a list; '
                              f'this is {values!r:.200}')
         return cls(**{**values, 'labels': tuple(values['labels'])})

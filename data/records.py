@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from data.parallel import Workers
 from data.text_processor import TextProcessor, parse, tokenize
+from mistake import Mistake
 
 MAX_LINE_BYTES = 1 << 24
 
@@ -85,11 +86,11 @@ class RecordReader:
                  flag: str = 'train_dataset.json_dataset', processes: int = 1, chunk_size: int = 32,
                  batch_size: int = 1024):
         if not os.path.isfile(path):
-            raise ValueError(f'{flag}.path={str(path)!r} is no file; it must name a file with one JSON object a line')
+            raise Mistake(f'{flag}.path={str(path)!r} is no file; it must name a file with one JSON object a line')
         for name, value in (('processes', processes), ('parallel_chunk_size', chunk_size),
                             ('parallel_batch_size', batch_size)):
             if value < 1:
-                raise ValueError(f'{flag}.tokenizer_{name}={value} must be at least 1')
+                raise Mistake(f'{flag}.tokenizer_{name}={value} must be at least 1')
         self.path, self.processor, self.skip_bad_lines, self.flag = str(path), processor, skip_bad_lines, flag
         self.skipped_lines, self.problems = 0, []
         self._processes, self._chunk_size, self._batch_size = processes, chunk_size, batch_size
@@ -118,17 +119,17 @@ class RecordReader:
             return {'size': file.seek(0, 2), 'sha256_of_first_MiB': start}
 
     def check_start(self, start: int) -> None:
-        """Raises ValueError, with the next place that is one, unless a line begins at byte `start` or the file ends."""
+        """Raises Mistake, with the next place that is one, unless a line begins at byte `start` or the file ends."""
         with open(self.path, 'rb') as file:
             size = file.seek(0, 2)
             if start > size:
-                raise ValueError(f'{self.flag}.start_seek_loc={start} is beyond the end of {self.path}, which has '
+                raise Mistake(f'{self.flag}.start_seek_loc={start} is beyond the end of {self.path}, which has '
                                  f'{size} bytes; give a dataset_file_loc that was logged for this file')
             file.seek(max(start - 1, 0))
             if start in (0, size) or file.read(1) == b'\n':
                 return
             file.readline()
-            raise ValueError(f'{self.flag}.start_seek_loc={start} is in the middle of a line of {self.path}; the next '
+            raise Mistake(f'{self.flag}.start_seek_loc={start} is in the middle of a line of {self.path}; the next '
                              f'line begins at byte {file.tell()}')
 
     def close(self) -> None:
@@ -149,7 +150,7 @@ def refuse_or_count(reader, index: int, problem: str) -> None:
     """What a reader does with a bad record, as its `skip_bad_lines` says."""
     where = f'{reader.place(index)}: {problem}'
     if not reader.skip_bad_lines:
-        raise ValueError(f'{where} (--{reader.flag}.skip_bad_lines=True skips and counts such lines)')
+        raise Mistake(f'{where} (--{reader.flag}.skip_bad_lines=True skips and counts such lines)')
     reader.skipped_lines += 1
     if len(reader.problems) < 10:
         reader.problems.append(where)

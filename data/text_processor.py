@@ -17,6 +17,7 @@ import json
 import numpy as np
 
 from data.tokenizer import Tokenizer
+from mistake import Mistake
 
 
 def parse(line: bytes) -> tuple[dict | None, str]:
@@ -40,7 +41,7 @@ class TextProcessor:
     """(example) -> (token ids, loss mask), as the `fields` language says.
 
     `fields_from_example` names a key of the example that holds the fields string instead.  `prepend_text` goes before
-    the first field, if that is text.  bos gets mask 0, eos mask 1.  Raises ValueError for settings that make no sense
+    the first field, if that is text.  bos gets mask 0, eos mask 1.  Raises Mistake for settings that make no sense
     and, when called, for an example that does not fit them; the text names the field, not the line: the caller knows
     the line.
     """
@@ -49,14 +50,14 @@ class TextProcessor:
                  subfield_separator: str = ' ', prepend_text: str = '', add_bos_token: bool = True,
                  add_eos_token: bool = True, base64_token_dtype: str = 'i4'):
         if bool(fields) == bool(fields_from_example):
-            raise ValueError(f'{fields=} and {fields_from_example=}: set exactly one of text_processor.fields and '
+            raise Mistake(f'{fields=} and {fields_from_example=}: set exactly one of text_processor.fields and '
                              "text_processor.fields_from_example, for example fields='[prompt],answer'")
         try:
             self.base64_dtype = np.dtype(base64_token_dtype).newbyteorder('<')
         except TypeError:
-            raise ValueError(f'{base64_token_dtype=} is no numpy dtype; use i4, i8, u2 or u4') from None
+            raise Mistake(f'{base64_token_dtype=} is no numpy dtype; use i4, i8, u2 or u4') from None
         if self.base64_dtype.kind not in 'iu':
-            raise ValueError(f'{base64_token_dtype=} must be an integer dtype: i4, i8, u2 or u4')
+            raise Mistake(f'{base64_token_dtype=} must be an integer dtype: i4, i8, u2 or u4')
         self.settings = dict(fields=fields, fields_from_example=fields_from_example,
                              subfield_separator=subfield_separator, prepend_text=prepend_text,
                              add_bos_token=add_bos_token, add_eos_token=add_eos_token,
@@ -88,14 +89,14 @@ class TextProcessor:
             try:
                 raw = base64.b64decode(_text(example, field[1:-1]), validate=True)
             except binascii.Error as error:
-                raise ValueError(f'{field=} is not base64: {error}') from None
+                raise Mistake(f'{field=} is not base64: {error}') from None
             if len(raw) % self.base64_dtype.itemsize:
-                raise ValueError(f'{field=} holds {len(raw)} bytes, no multiple of base64_token_dtype '
+                raise Mistake(f'{field=} holds {len(raw)} bytes, no multiple of base64_token_dtype '
                                  f'{self.base64_dtype.str}')
             return self._known(field, np.frombuffer(raw, self.base64_dtype).tolist())
         text = self.subfield_separator.join(_text(example, key) for key in field.split('+'))
         if not masked and not text.strip():
-            raise ValueError(f'{field=} is blank, so it has nothing to learn from')
+            raise Mistake(f'{field=} is blank, so it has nothing to learn from')
         return self.tokenizer.encode(self.prepend_text + text if first else text)
 
     def _special(self, field: str) -> int:
@@ -105,22 +106,22 @@ class TextProcessor:
         if name == 'eos':
             return self.tokenizer.eos_token_id
         if not (name.isascii() and name.isdigit()):
-            raise ValueError(f'{field=} is no token: write <|bos|>, <|eos|> or an id like <|17|>')
+            raise Mistake(f'{field=} is no token: write <|bos|>, <|eos|> or an id like <|17|>')
         return int(name)
 
     def _known(self, field: str, tokens: list[int]) -> list[int]:
         for token in tokens:
             if not 0 <= token < self.tokenizer.vocab_size:
-                raise ValueError(f'{field=} holds token id {token}; the tokenizer has {self.tokenizer.vocab_size}')
+                raise Mistake(f'{field=} holds token id {token}; the tokenizer has {self.tokenizer.vocab_size}')
         return tokens
 
 
 def _text(example: dict, key: str) -> str:
     if key not in example:
-        raise ValueError(f'field {key!r} is missing; the record has {", ".join(map(repr, example)) or "no keys"}')
+        raise Mistake(f'field {key!r} is missing; the record has {", ".join(map(repr, example)) or "no keys"}')
     value = example[key]
     if not isinstance(value, str):
-        raise ValueError(f'field {key!r} must be text, this is {type(value).__name__}')
+        raise Mistake(f'field {key!r} must be text, this is {type(value).__name__}')
     return value
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from mistake import Mistake
+
 
 class Tokenizer:
     """Ids of text, text of ids.
@@ -25,7 +27,7 @@ class Tokenizer:
                  decode: Callable[[list[int]], str], vocab_size: int, bos: int, eos: int, pad: int):
         for name, token in (('bos', bos), ('eos', eos), ('pad', pad)):
             if not 0 <= token < vocab_size:
-                raise ValueError(f'{file_name}: {name} has id {token}, which is none of its {vocab_size} tokens')
+                raise Mistake(f'{file_name}: {name} has id {token}, which is none of its {vocab_size} tokens')
         self.source_bytes, self.file_name, self.vocab_size = source_bytes, file_name, vocab_size
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
         self.fingerprint = hashlib.sha256(source_bytes + b'\0%d,%d,%d' % (bos, eos, pad)).hexdigest()
@@ -34,12 +36,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; neither bos nor eos is added, and no part of the text is read as a control token.
 
-        Raises ValueError for a string that no UTF-8 can write (JSON can hold one: half a surrogate pair).
+        Raises Mistake for a string that no UTF-8 can write (JSON can hold one: half a surrogate pair).
         """
         try:
             text.encode('utf-8')
         except UnicodeEncodeError as error:
-            raise ValueError(f'{text[error.start]!r} is half a surrogate pair, which is no text') from None
+            raise Mistake(f'{text[error.start]!r} is half a surrogate pair, which is no text') from None
         return self._encode(text)
 
     def decode(self, ids) -> str:
@@ -54,13 +56,13 @@ def load_tokenizer(path) -> Tokenizer:
     bos, eos and pad of a tokenizer.json come from the files beside it: tokenizer_config.json, special_tokens_map.json,
     generation_config.json, config.json, the first that names one.  Without a pad token pad := eos: padding is masked
     everywhere.  For sentencepiece they come from the model, and pad := unk, as EasyLM has it.
-    Raises ValueError for a file that is missing or unreadable, and names the token that nothing defines.
+    Raises Mistake for a file that is missing or unreadable, and names the token that nothing defines.
     """
     given, path = path, Path(path)
     if str(given) and path.is_dir():
         path = next((path / name for name in ('tokenizer.json', 'tokenizer.model') if (path / name).is_file()), path)
     if not str(given) or not path.is_file():
-        raise ValueError(f'tokenizer.vocab_file={str(given)!r} must name a tokenizer.model (sentencepiece) or '
+        raise Mistake(f'tokenizer.vocab_file={str(given)!r} must name a tokenizer.model (sentencepiece) or '
                          'tokenizer.json file, or a directory that holds one')
     if path.suffix != '.json':
         return _from_sentencepiece(path.read_bytes(), str(path))
@@ -75,7 +77,7 @@ def load_tokenizer(path) -> Tokenizer:
     named.setdefault('pad', named.get('eos'))
     for role in ('bos', 'eos'):
         if role not in named:
-            raise ValueError(f'tokenizer.vocab_file={str(given)!r}: no file beside {path.name} names the {role} token; '
+            raise Mistake(f'tokenizer.vocab_file={str(given)!r}: no file beside {path.name} names the {role} token; '
                              f'put "{role}_token": "..." into {model_dir / "tokenizer_config.json"}')
     return tokenizer_from_json(text, named['bos'], named['eos'], named['pad'], source=str(path))
 
@@ -84,16 +86,16 @@ def tokenizer_from_json(text: str, bos: int | str, eos: int | str, pad: int | st
                         source: str = 'tokenizer.json') -> Tokenizer:
     """The tokenizer of a tokenizer.json's text; bos, eos and pad are ids or the tokens themselves.
 
-    Raises ValueError, naming `source`, for a text that is no tokenizer and for a token it does not have.
+    Raises Mistake, naming `source`, for a text that is no tokenizer and for a token it does not have.
     """
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(f'{source}: needs the tokenizers library: pip install tokenizers') from None
+        raise Mistake(f'{source}: needs the tokenizers library: pip install tokenizers') from None
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the text
-        raise ValueError(f'{source}: no valid tokenizer.json: {error}') from None
+        raise Mistake(f'{source}: no valid tokenizer.json: {error}') from None
     inner.encode_special_tokens = True
     inner.no_truncation()
     inner.no_padding()
@@ -101,7 +103,7 @@ def tokenizer_from_json(text: str, bos: int | str, eos: int | str, pad: int | st
     for role, token in (('bos', bos), ('eos', eos), ('pad', pad)):
         ids.append(inner.token_to_id(token) if isinstance(token, str) else token)
         if ids[-1] is None:
-            raise ValueError(f'{source}: the {role} token {token!r} is not in its vocabulary')
+            raise Mistake(f'{source}: the {role} token {token!r} is not in its vocabulary')
     return Tokenizer(text.encode('utf-8'), 'tokenizer.json',
                      lambda text: inner.encode(text, add_special_tokens=False).ids,
                      lambda ids: inner.decode(ids, skip_special_tokens=False),
@@ -121,7 +123,7 @@ def _from_sentencepiece(source_bytes: bytes, source: str, *ids: int) -> Tokenize
     try:
         model.LoadFromSerializedProto(source_bytes)
     except RuntimeError:
-        raise ValueError(f'tokenizer.vocab_file={source!r} is no sentencepiece model') from None
+        raise Mistake(f'tokenizer.vocab_file={source!r} is no sentencepiece model') from None
     return Tokenizer(source_bytes, 'tokenizer.model', model.encode, model.decode, model.get_piece_size(),
                      *(ids or (model.bos_id(), model.eos_id(), model.unk_id())))
 
@@ -130,16 +132,16 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: invalid UTF-8: {error}') from None
+        raise Mistake(f'{path}: invalid UTF-8: {error}') from None
 
 
 def _read_object(path: Path) -> dict:
     try:
         values = json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f'{path}: no valid JSON: {error}') from None
+        raise Mistake(f'{path}: no valid JSON: {error}') from None
     if not isinstance(values, dict):
-        raise ValueError(f'{path}: must hold a JSON object')
+        raise Mistake(f'{path}: must hold a JSON object')
     return values
 
 
@@ -147,5 +149,5 @@ def _first_token(token, source: Path, role: str) -> int | str:
     token = token.get('content') if isinstance(token, dict) else token
     token = token[0] if isinstance(token, list) and token else token  # config.json may list several ends
     if not isinstance(token, int | str) or isinstance(token, bool):
-        raise ValueError(f'{source}: {role}_token is {token!r}, neither a token nor an id')
+        raise Mistake(f'{source}: {role}_token is {token!r}, neither a token nor an id')
     return token

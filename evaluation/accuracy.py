@@ -18,6 +18,7 @@ import numpy as np
 
 from data.labelled import Example
 from data.prompt import PromptTemplate
+from mistake import Mistake
 
 
 class Prediction(NamedTuple):
@@ -34,7 +35,7 @@ class Prediction(NamedTuple):
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """(low, high) of the share `correct` / `total`; z = 1.96 makes it a 95 % interval."""
     if not 0 <= correct <= total or total < 1:
-        raise ValueError(f'{correct=} of {total=}: a share needs at least one case and no more correct ones than cases')
+        raise Mistake(f'{correct=} of {total=}: a share needs at least one case and no more correct ones than cases')
     share, spread = correct / total, z * z / total
     centre = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
@@ -63,7 +64,7 @@ def score_by_loglikelihood(loglikelihood: Callable, examples: list[Example], tem
     """One Prediction per example; the label with the highest log-likelihood, `other` when two share it.
 
     loglikelihood(prefixes, texts, progress) -> [(log p(text | prefix), is greedy)].  answers: of each class, how its
-    answer is handed over (`answer_texts`).  Raises ValueError when a log-likelihood is not a number.
+    answer is handed over (`answer_texts`).  Raises Mistake when a log-likelihood is not a number.
     """
     classes, asked = len(answers), 0
 
@@ -78,7 +79,7 @@ def score_by_loglikelihood(loglikelihood: Callable, examples: list[Example], tem
     for index in range(len(examples)):
         scores = [float(score) for score, _ in found[index * classes:(index + 1) * classes]]
         if any(math.isnan(score) or score == math.inf for score in scores):
-            raise ValueError(f'review {index} {examples[index].text[:60]!r}: the log-likelihoods {scores} are no '
+            raise Mistake(f'review {index} {examples[index].text[:60]!r}: the log-likelihoods {scores} are no '
                              'probabilities; the weights may be damaged (--load_checkpoint)')
         best = max(scores)
         predictions.append(Prediction(scores.index(best) if scores.count(best) == 1 else classes, scores=scores))
@@ -108,7 +109,7 @@ def answer_texts(template: PromptTemplate, encode: Callable[[str], list[int]] | 
         if all(encode(prompt) + encode(apart) == encode(prompt + whole)
                for apart, whole in zip(spelling, answers, strict=True)):
             return spelling
-    raise ValueError(f'the tokenizer joins the end of the prompt, {template.suffix!r}, with the answer {answers[0]!r}: '
+    raise Mistake(f'the tokenizer joins the end of the prompt, {template.suffix!r}, with the answer {answers[0]!r}: '
                      'answers cannot be scored apart; use --method=generate, or a template that parts them by a blank')
 
 

@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+from mistake import Mistake
+
 BUSY = (429, 503)
 ATTEMPTS = 6
 
@@ -20,7 +22,7 @@ class Server:
 
     def __init__(self, url: str, batch_size: int, timeout: float = 600.0):
         if not url.startswith(('http://', 'https://')) or batch_size < 1:
-            raise ValueError(f'{url=} must begin with http:// or https:// and {batch_size=} be at least 1, '
+            raise Mistake(f'{url=} must begin with http:// or https:// and {batch_size=} be at least 1, '
                              'for example --url=http://127.0.0.1:5007')
         self.url, self.batch_size, self.timeout = url.rstrip('/'), batch_size, timeout
 
@@ -52,11 +54,11 @@ class Server:
         try:
             answer = json.loads(text)
         except ValueError:
-            raise ValueError(f'url={self.url!r} answered {path} with no JSON: {text[:200]!r}') from None
+            raise Mistake(f'url={self.url!r} answered {path} with no JSON: {text[:200]!r}') from None
         for field, kind in fields.items():
             values = answer.get(field) if isinstance(answer, dict) else None
             if not isinstance(values, list) or len(values) != count or not all(isinstance(v, kind) for v in values):
-                raise ValueError(f'url={self.url!r} answered {path} without {count} {field!r}: {text[:200]!r}')
+                raise Mistake(f'url={self.url!r} answered {path} without {count} {field!r}: {text[:200]!r}')
         return answer
 
     def _send(self, path: str, body: bytes) -> bytes:
@@ -69,11 +71,11 @@ class Server:
             except urllib.error.HTTPError as error:
                 said = error.read(300).decode('utf-8', 'replace')
                 if error.code not in BUSY or attempt == ATTEMPTS - 1:
-                    raise ValueError(f'url={self.url!r} refused {path}: {error.code} {error.reason} {said}') from None
+                    raise Mistake(f'url={self.url!r} refused {path}: {error.code} {error.reason} {said}') from None
                 wait = error.headers.get('Retry-After', '')
                 time.sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 30.0))
             except OSError as error:
                 reason = getattr(error, 'reason', error)
-                raise ValueError(f'url={self.url!r} gave no answer to {path}: {reason}; is the server running there '
+                raise Mistake(f'url={self.url!r} gave no answer to {path}: {reason}; is the server running there '
                                  f'(serve.py), and does it answer within {self.timeout:g} s?') from None
         raise AssertionError('the loop returns or raises')

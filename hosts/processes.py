@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 from jax._src import distributed  # the client of the coordination service has no public name
 
+from mistake import Mistake
+
+KINDS = (Mistake, OSError)  # of errors that another process may see as its own
 PATIENCE_SECONDS = 600  # how long one process waits for the others at one point; a dead one is noticed earlier
 _calls = itertools.count()
 
@@ -49,8 +52,8 @@ def exchange(text: str) -> list[str]:
 def agree(work: Callable[[], object], undo: Callable[[], object] = lambda: None) -> list:
     """[what `work` returned on process 0, on 1, ..], JSON values.  If it fails on one process, it fails on all.
 
-    An exception is raised again where it happened; elsewhere as OSError or ValueError, naming the process.  Before that
-    every process has called `undo`, and waited for the others to have done so.
+    An exception is raised again where it happened; elsewhere as Mistake, OSError or (a fault of the code)
+    RuntimeError, naming the process.  Before that every process has called `undo`, and waited for the others' `undo`.
     """
     result = failed = None
     try:
@@ -63,21 +66,23 @@ def agree(work: Callable[[], object], undo: Callable[[], object] = lambda: None)
             raise failed
         return [result]
     said = f'{type(failed).__name__}: {failed}' if failed else None
-    answers = [json.loads(text) for text in exchange(json.dumps([said, isinstance(failed, OSError), result]))]
-    faults = [(process, said, system) for process, (said, system, _) in enumerate(answers) if said]
+    kind = next((kind.__name__ for kind in KINDS if isinstance(failed, kind)), None)
+    answers = [json.loads(text) for text in exchange(json.dumps([said, kind, result]))]
+    faults = [(process, said, kind) for process, (said, kind, _) in enumerate(answers) if said]
     if faults:
         undo()
         exchange('undone')
         if failed:
             raise failed
-        process, said, system = faults[0]
-        raise (OSError if system else ValueError)(f'process {process} failed: {said}')
+        process, said, kind = faults[0]
+        kinds = {kind.__name__: kind for kind in KINDS}
+        raise kinds.get(kind, RuntimeError)(f'process {process} failed: {said}')
     return [result for _, _, result in answers]
 
 
 def refuse_difference(what: str, value: str, remedy: str) -> None:
-    """Raises ValueError on every process unless all of them give the same value."""
+    """Raises Mistake on every process unless all of them give the same value."""
     values = exchange(value)
     for process, other in enumerate(values):
         if other != values[0]:
-            raise ValueError(f'{what} is {values[0]} on process 0 and {other} on process {process}: {remedy}')
+            raise Mistake(f'{what} is {values[0]} on process 0 and {other} on process {process}: {remedy}')

@@ -17,6 +17,7 @@ from jax._src import distributed  # the coordination service's client has no pub
 from ml_collections import ConfigDict
 
 from hosts import processes
+from mistake import Mistake
 
 MEETING_SECONDS = 300  # within which all processes of a run must have started
 HEARTBEAT_SECONDS = 60  # a process that is silent so long is dead, and JAX ends the others
@@ -26,21 +27,21 @@ FAILURES = 'pallama/failures'  # in the coordination service: what ended a proce
 def start_processes(flags: ConfigDict) -> None:
     """jax.distributed.initialize as the jax_distributed flags say; it must come before any other use of JAX.
 
-    Afterwards only process 0 prints, unless --log_all_worker, and all processes have the same flags.  Raises ValueError
+    Afterwards only process 0 prints, unless --log_all_worker, and all processes have the same flags.  Raises Mistake
     naming the flag when they do not meet within MEETING_SECONDS.  A second call does nothing.
     """
     values = flags.jax_distributed.to_dict()
     wanted = values.pop('initialize_jax_distributed') or flags.get('initialize_jax_distributed', False)
     given = {name: value for name, value in values.items() if value is not None}
     if given and not wanted:
-        raise ValueError(f'jax_distributed.{next(iter(given))} has no effect without '
+        raise Mistake(f'jax_distributed.{next(iter(given))} has no effect without '
                          '--jax_distributed.initialize_jax_distributed=True')
     if not wanted or jax.distributed.is_initialized():
         return
     if 'local_device_ids' in given:
         ids = given['local_device_ids'].split(',')
         if not all(number.strip().isdecimal() for number in ids):
-            raise ValueError(f'jax_distributed.local_device_ids={given["local_device_ids"]!r} must be numbers with '
+            raise Mistake(f'jax_distributed.local_device_ids={given["local_device_ids"]!r} must be numbers with '
                              "commas between: '0,1,2'")
         given['local_device_ids'] = [int(number) for number in ids]
     if given.keys() >= {'coordinator_address', 'num_processes', 'process_id'}:
@@ -50,7 +51,7 @@ def start_processes(flags: ConfigDict) -> None:
         jax.distributed.initialize(**given, initialization_timeout=MEETING_SECONDS,
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f'jax_distributed: {error} (outside TPU pods, GKE, Slurm and Open MPI give '
+        raise Mistake(f'jax_distributed: {error} (outside TPU pods, GKE, Slurm and Open MPI give '
                          '--jax_distributed.coordinator_address, --jax_distributed.num_processes and '
                          '--jax_distributed.process_id)') from None
     if processes.count() == 1:
@@ -67,20 +68,20 @@ def meet(address: str, count: int, index: int, seconds: float) -> None:
 
     JAX itself aborts the process, without naming a flag, when one is missing or two have the same number.  Process 0
     listens; each of the others says {"num_processes": .., "process_id": ..} in a line and gets {"error": text or null}.
-    Raises ValueError on all of them naming the flag that is wrong.
+    Raises Mistake on all of them naming the flag that is wrong.
     """
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f'jax_distributed.coordinator_address={address!r} must be HOST:PORT of process 0')
+        raise Mistake(f'jax_distributed.coordinator_address={address!r} must be HOST:PORT of process 0')
     if not 0 <= index < count:
-        raise ValueError(f'jax_distributed.process_id={index} must be from 0 to num_processes-1: '
+        raise Mistake(f'jax_distributed.process_id={index} must be from 0 to num_processes-1: '
                          f'jax_distributed.num_processes={count}')
     if count == 1:
         return
     error = _call_the_roll(int(port), count, seconds) if index == 0 else \
         _answer_the_roll((host.strip('[]'), int(port)), count, index, seconds)
     if error:
-        raise ValueError(error)
+        raise Mistake(error)
 
 
 def _call_the_roll(port: int, count: int, seconds: float) -> str | None:
@@ -152,14 +153,14 @@ def _read_line(connection: socket.socket, seconds: float):
 
 
 def refuse_other_flags(flags: ConfigDict) -> None:
-    """Raises ValueError on every process, naming a flag that two of them do not share."""
+    """Raises Mistake on every process, naming a flag that two of them do not share."""
     own = {name: repr(value) for name, value in _flat(flags.to_dict()).items()
            if name not in ('jax_distributed.process_id', 'jax_distributed.local_device_ids')}
     theirs = [json.loads(text) for text in processes.exchange(json.dumps(own))]
     for process, other in enumerate(theirs):
         for name in sorted(own):
             if other.get(name) != theirs[0].get(name):
-                raise ValueError(f'{name} is {theirs[0].get(name)} on process 0 and {other.get(name)} on process '
+                raise Mistake(f'{name} is {theirs[0].get(name)} on process 0 and {other.get(name)} on process '
                                  f'{process}: start all processes with the same flags')
 
 
@@ -178,7 +179,7 @@ def failing_together() -> Iterator[None]:
         yield
     except BaseException as error:
         if processes.count() > 1:
-            code = 2 if isinstance(error, ValueError | OSError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+            code = 2 if isinstance(error, Mistake | OSError) else 130 if isinstance(error, KeyboardInterrupt) else 1
             atexit.register(_leave, code)  # after the error has been printed, and before JAX's farewell to all
             what = ' '.join(str(error).split())[:1000] or type(error).__name__
             try:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import reference
 from kernels.decode_attention import decode_attention
 from kernels.flash_attention import flash_attention
+from mistake import Mistake
 from model import cache as kv_cache
 
 IMPLEMENTATIONS = ('reference', 'pallas')
@@ -20,7 +21,7 @@ IMPLEMENTATIONS = ('reference', 'pallas')
 def resolve(name: str) -> str:
     """The implementation that --attention names; empty means pallas on a TPU and reference elsewhere."""
     if name and name not in IMPLEMENTATIONS:
-        raise ValueError(f'attention={name!r} is not implemented: use one of {" ".join(IMPLEMENTATIONS)}')
+        raise Mistake(f'attention={name!r} is not implemented: use one of {" ".join(IMPLEMENTATIONS)}')
     return name or ('pallas' if on_tpu() else 'reference')
 
 

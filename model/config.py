@@ -11,6 +11,8 @@ import json
 import math
 from dataclasses import dataclass
 
+from mistake import Mistake
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -50,18 +52,18 @@ class LlamaConfig:
         for field in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
                       'max_sequence_length'):
             if getattr(self, field) < 1:
-                raise ValueError(f'{field}={getattr(self, field)} must be at least 1')
+                raise Mistake(f'{field}={getattr(self, field)} must be at least 1')
         if not self.num_key_value_heads:
             object.__setattr__(self, 'num_key_value_heads', self.num_attention_heads)
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(f'{self.hidden_size=} must be divisible by {self.num_attention_heads=}, '
+                raise Mistake(f'{self.hidden_size=} must be divisible by {self.num_attention_heads=}, '
                                  'or head_dim must be given')
             object.__setattr__(self, 'head_dim', self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f'{self.num_attention_heads=} must be divisible by {self.num_key_value_heads=}')
+            raise Mistake(f'{self.num_attention_heads=} must be divisible by {self.num_key_value_heads=}')
         if self.head_dim % 2:
-            raise ValueError(f'{self.head_dim=} must be even: rotary embedding turns pairs of coordinates')
+            raise Mistake(f'{self.head_dim=} must be even: rotary embedding turns pairs of coordinates')
 
     @property
     def letters(self) -> dict[str, int]:
@@ -126,7 +128,7 @@ def named_config(name: str) -> LlamaConfig:
     """`--load_llama_config`: a name of MODELS, or `json::FILE` (EasyLM's spelling) with fields of LlamaConfig,
     at its top or under `llama_config` (the metadata.json that train.py writes beside EasyLM files).
 
-    Raises ValueError that lists the names, or names the file and field at fault.
+    Raises Mistake that lists the names, or names the file and field at fault.
     """
     if name in MODELS:
         return MODELS[name]
@@ -136,27 +138,27 @@ def named_config(name: str) -> LlamaConfig:
             with open(path, encoding='utf-8') as file:
                 values = json.load(file)
         except OSError as error:
-            raise ValueError(f'load_llama_config={name!r} cannot be read: {error.strerror}') from None
+            raise Mistake(f'load_llama_config={name!r} cannot be read: {error.strerror}') from None
         except json.JSONDecodeError as error:
-            raise ValueError(f'load_llama_config: {path}:{error.lineno} is not JSON: {error.msg}') from None
+            raise Mistake(f'load_llama_config: {path}:{error.lineno} is not JSON: {error.msg}') from None
         if not isinstance(values, dict):
-            raise ValueError(f'load_llama_config: {path} must hold a JSON object')
+            raise Mistake(f'load_llama_config: {path} must hold a JSON object')
         return config_from_dict(values.get('llama_config', values), source=path)
     if separator and kind == 'pickle':
-        raise ValueError(f'load_llama_config={name!r}: pickle files are never read (unpickling runs code); '
+        raise Mistake(f'load_llama_config={name!r}: pickle files are never read (unpickling runs code); '
                          'give a name, or write the sizes to a JSON file and use json::FILE')
     close = difflib.get_close_matches(name, MODELS, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
-    raise ValueError(f'load_llama_config={name!r} is not a known model{hint}: use one of {" ".join(MODELS)}, '
+    raise Mistake(f'load_llama_config={name!r} is not a known model{hint}: use one of {" ".join(MODELS)}, '
                      'or json::FILE')
 
 
 def config_from_dict(values: dict, source: str) -> LlamaConfig:
-    """The inverse of `config_to_dict`.  Raises ValueError naming `source` and the unknown or mistyped fields."""
+    """The inverse of `config_to_dict`.  Raises Mistake naming `source` and the unknown or mistyped fields."""
     types = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
     unknown = sorted(set(values) - set(types))
     if unknown:
-        raise ValueError(f'{source}: unknown model fields {unknown}; known: {" ".join(types)}')
+        raise Mistake(f'{source}: unknown model fields {unknown}; known: {" ".join(types)}')
     values = dict(values)
     for name, value in values.items():
         if name == 'rope_scaling':
@@ -164,15 +166,15 @@ def config_from_dict(values: dict, source: str) -> LlamaConfig:
         elif types[name] is float and isinstance(value, int) and not isinstance(value, bool):
             values[name] = float(value)
         elif not isinstance(value, types[name]) or isinstance(value, bool) != (types[name] is bool):
-            raise ValueError(f'{source}: {name}={value!r} must be {types[name].__name__}')
+            raise Mistake(f'{source}: {name}={value!r} must be {types[name].__name__}')
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f'{source}: {name}={value!r} must be finite')
+            raise Mistake(f'{source}: {name}={value!r} must be finite')
     return LlamaConfig(**values)
 
 
 def updated(config: LlamaConfig, changes: dict, source: str) -> LlamaConfig:
     """`config` with some fields changed; head_dim and num_key_value_heads follow hidden_size and num_attention_heads
-    where they did before.  Raises ValueError as `config_from_dict`.
+    where they did before.  Raises Mistake as `config_from_dict`.
     """
     values = config_to_dict(config)
     if config.head_dim * config.num_attention_heads == config.hidden_size:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
+from mistake import Mistake
 from model import cache as kv_cache
 from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
@@ -85,15 +86,15 @@ def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
 
 
 def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
-    """Raises ValueError naming the size and mesh axis when a weight cannot be split evenly, or a head would be cut."""
+    """Raises Mistake naming the size and mesh axis when a weight cannot be split evenly, or a head would be cut."""
     mp, heads, kv_heads = mesh.shape['mp'], config.num_attention_heads, config.num_key_value_heads
     if heads % mp or (kv_heads % mp and mp % kv_heads):
-        raise ValueError(f'num_attention_heads={heads} and num_key_value_heads={kv_heads} cannot be split over {mp=}: '
+        raise Mistake(f'num_attention_heads={heads} and num_key_value_heads={kv_heads} cannot be split over {mp=}: '
                          'choose a --mesh_dim whose mp divides the query heads, and the others (or they divide it)')
     for spec in jax.tree.leaves(weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec)):
         for letter, size, axis in zip(spec.letters, spec.shape, spec.partition, strict=True):
             if axis and size % mesh.shape[axis]:
-                raise ValueError(f'{spec.name}: {letter}={size} is not divisible by {axis}={mesh.shape[axis]}; '
+                raise Mistake(f'{spec.name}: {letter}={size} is not divisible by {axis}={mesh.shape[axis]}; '
                                  'choose another --mesh_dim')
 
 
@@ -176,13 +177,13 @@ def rematerialized(function, policy: str):
 def remat_policy(policy: str):
     """What jax.checkpoint is told: a name of REMAT_POLICIES, or 'save:NAME,NAME' with names of SAVEABLE.
 
-    Raises ValueError that lists them.
+    Raises Mistake that lists them.
     """
     kind, _, names = policy.partition(':')
     if kind == 'save' and set(names.split(',')) <= set(SAVEABLE):
         return jax.checkpoint_policies.save_only_these_names(*names.split(','))
     if policy not in REMAT_POLICIES:
-        raise ValueError(f'remat {policy=} is not known: one of {" ".join(REMAT_POLICIES)}, or save: and some of '
+        raise Mistake(f'remat {policy=} is not known: one of {" ".join(REMAT_POLICIES)}, or save: and some of '
                          f'{",".join(SAVEABLE)}')
     return REMAT_POLICIES[policy]
 

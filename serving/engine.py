@@ -28,6 +28,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.tokenizer import Tokenizer
+from mistake import Mistake
 from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
 from model.llama import DTYPES, Llama, hidden_states, partitions
@@ -41,7 +42,7 @@ PROGRAMS = ('generate', 'greedy_until', 'chat', 'loglikelihood')  # what `warm_u
 CHECK_EVERY = 16  # tokens between two looks for a stop text
 
 
-class RequestError(ValueError):
+class RequestError(Mistake):
     """A request that cannot be served as it stands; the message is for the client.  The engine is untouched."""
 
 
@@ -152,7 +153,7 @@ class Engine:
     top_k 0 and top_p 1.0 switch their filter off; do_sample=False makes every request greedy, or with num_beams above 1
     a beam search, for which temperature, top_k and top_p mean nothing.
     score_buckets: lengths an octave that `loglikelihood` pads to: more waste less, and compile more programs.
-    Raises ValueError, before any work, for values that cannot go together.
+    Raises Mistake, before any work, for values that cannot go together.
     """
 
     def __init__(self, params: Llama, config: LlamaConfig, compute: Compute, tokenizer: Tokenizer, mesh: Mesh, *,
@@ -163,7 +164,7 @@ class Engine:
         check_sampling(top_k, top_p, do_sample, num_beams)
         check_batch_size(batch_size, mesh)
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
+            raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
                              'they do not belong together (--tokenizer.vocab_file)')
         # the network casts each weight to the compute dtype before use anyway: doing it once saves memory and reading
         self._params = jax.tree.map(lambda x: x.astype(DTYPES[compute.dtype]), params)
@@ -589,31 +590,31 @@ class Engine:
 
 
 def check_lengths(input_length: int, seq_length: int, config: LlamaConfig) -> None:
-    """Raises ValueError naming the flags: 2 <= input_length < seq_length <= max_sequence_length."""
+    """Raises Mistake naming the flags: 2 <= input_length < seq_length <= max_sequence_length."""
     if not 2 <= input_length < seq_length:
-        raise ValueError(f'{input_length=} must be at least 2 and less than {seq_length=}: their difference is the '
+        raise Mistake(f'{input_length=} must be at least 2 and less than {seq_length=}: their difference is the '
                          'number of new tokens (--input_length, --seq_length)')
     if seq_length > config.max_sequence_length:
-        raise ValueError(f'{seq_length=} is more than the model was made for, {config.max_sequence_length=}: '
+        raise Mistake(f'{seq_length=} is more than the model was made for, {config.max_sequence_length=}: '
                          'lower --seq_length (and --input_length)')
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError naming the flags unless every device gets the same number of rows, at least one."""
+    """Raises Mistake naming the flags unless every device gets the same number of rows, at least one."""
     replicas = mesh.shape['dp'] * mesh.shape['fsdp']
     if batch_size < 1 or batch_size % replicas:
-        raise ValueError(f'{batch_size=} must be a multiple of dp*fsdp={replicas}, over which its rows are split: '
+        raise Mistake(f'{batch_size=} must be a multiple of dp*fsdp={replicas}, over which its rows are split: '
                          'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
 
 
 def check_sampling(top_k: int, top_p: float, do_sample: bool = True, num_beams: int = 1) -> None:
-    """Raises ValueError naming the flag."""
+    """Raises Mistake naming the flag."""
     if top_k < 0:
-        raise ValueError(f'{top_k=} must be at least 0; 0 switches it off (--top_k)')
+        raise Mistake(f'{top_k=} must be at least 0; 0 switches it off (--top_k)')
     if not 0 < top_p <= 1:
-        raise ValueError(f'{top_p=} must be above 0 and at most 1; 1.0 switches it off (--top_p)')
+        raise Mistake(f'{top_p=} must be above 0 and at most 1; 1.0 switches it off (--top_p)')
     if num_beams < 1:
-        raise ValueError(f'{num_beams=} must be at least 1; 1 is no beam search (--num_beams)')
+        raise Mistake(f'{num_beams=} must be at least 1; 1 is no beam search (--num_beams)')
     if num_beams > 1 and do_sample:
-        raise ValueError(f'{num_beams=} searches and does not draw, but {do_sample=}: add --do_sample=False, or leave '
+        raise Mistake(f'{num_beams=} searches and does not draw, but {do_sample=}: add --do_sample=False, or leave '
                          '--num_beams out')

@@ -24,7 +24,7 @@ ROOMS = {  # room -> the rooms it may import from; programs may import everythin
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob('*.py') if path.stem != '__init__')
 PROGRAMS = sorted(ROOT.glob('*.py'))
-ENTRY_POINTS = {path.stem for path in PROGRAMS}
+ENTRY_POINTS = {path.stem for path in PROGRAMS} - {'mistake'}
 
 
 def imported(path: pathlib.Path) -> set[str]:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 import train
 from checkpoint import native
 from hosts import processes, start
+from mistake import Mistake
 from model.partition import make_mesh
 from program import flags
 
@@ -153,6 +154,7 @@ import jax, numpy as np, jax.numpy as jnp
 from program import flags
 from hosts import start
 from checkpoint import native
+from mistake import Mistake
 from hosts import processes
 from jax.sharding import NamedSharding, PartitionSpec as P
 from model.partition import make_mesh
@@ -364,7 +366,7 @@ def test_processes_train_save_resume_and_die_together(golden, tmp_path):
 
 def fails_alone(directory, arrays, outcome):
     if processes.index() == 1:
-        raise ValueError('broken here')
+        raise Mistake('broken here')
     processes.exchange('')
 
 

@@ -7,6 +7,8 @@ evaluation).
 import json
 import pathlib
 
+from mistake import Mistake
+
 
 class MetricsWriter:
     """Writes rows to `output_dir`/metrics.jsonl; of an earlier attempt, those before `resume_step` stay.
@@ -14,7 +16,7 @@ class MetricsWriter:
     process: of several, which one writes: names get its number from 1 on (metrics-1.jsonl).  enabled: False writes
     nothing at all (all processes but the first, unless each is to have its log).
     tensorboard: also write scalars to output_dir/tensorboard (extra `tensorboard`).  wandb: keyword arguments of
-    wandb.init, or None (extra `wandb`).  Raises ValueError naming the flag when the extra is not installed.
+    wandb.init, or None (extra `wandb`).  Raises Mistake naming the flag when the extra is not installed.
     """
 
     def __init__(self, output_dir: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False,
@@ -59,7 +61,7 @@ def _open_tensorboard(directory: pathlib.Path):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError("logger.tensorboard=True needs the extra: pip install -e '.[tensorboard]'") from None
+        raise Mistake("logger.tensorboard=True needs the extra: pip install -e '.[tensorboard]'") from None
     return SummaryWriter(str(directory))
 
 
@@ -67,5 +69,5 @@ def _open_wandb(options: dict):
     try:
         import wandb
     except ImportError:
-        raise ValueError("logger.online=True needs the extra: pip install -e '.[wandb]'") from None
+        raise Mistake("logger.online=True needs the extra: pip install -e '.[wandb]'") from None
     return wandb.init(**options)

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mistake import Mistake
 from model.partition import WeightSpec, pytree
 
 f32 = jnp.float32
@@ -57,10 +58,10 @@ class AdamW:
 
     def __post_init__(self):
         if not self.lr > 0:
-            raise ValueError(f'optimizer.adamw_optimizer.lr={self.lr} must be above 0')
+            raise Mistake(f'optimizer.adamw_optimizer.lr={self.lr} must be above 0')
         _check('adamw_optimizer', self)
         if self.lr_decay_steps <= self.lr_warmup_steps or self.lr_warmup_steps < 0:
-            raise ValueError(f'optimizer.adamw_optimizer.lr_decay_steps={self.lr_decay_steps} must '
+            raise Mistake(f'optimizer.adamw_optimizer.lr_decay_steps={self.lr_decay_steps} must '
                              f'exceed lr_warmup_steps={self.lr_warmup_steps}: it counts from step 0, warmup included')
 
     def schedule(self, n: jax.Array) -> jax.Array:
@@ -92,7 +93,7 @@ class Palm:
 
     def __post_init__(self):
         if not self.lr > 0 or self.lr_warmup_steps < 1:
-            raise ValueError(f'optimizer.palm_optimizer.lr={self.lr} must be above 0 and '
+            raise Mistake(f'optimizer.palm_optimizer.lr={self.lr} must be above 0 and '
                              f'lr_warmup_steps={self.lr_warmup_steps} at least 1')
         _check('palm_optimizer', self)
 
@@ -110,9 +111,9 @@ Hyperparameters = AdamW | Palm
 
 def _check(name: str, hyper: Hyperparameters) -> None:
     if not 0 <= hyper.b1 < 1 or not 0 < hyper.b2 < 1:
-        raise ValueError(f'optimizer.{name}.b1={hyper.b1} must lie in [0, 1) and b2={hyper.b2} in (0, 1)')
+        raise Mistake(f'optimizer.{name}.b1={hyper.b1} must lie in [0, 1) and b2={hyper.b2} in (0, 1)')
     if not hyper.clip_gradient > 0:
-        raise ValueError(f'optimizer.{name}.clip_gradient={hyper.clip_gradient} must be above 0')
+        raise Mistake(f'optimizer.{name}.clip_gradient={hyper.clip_gradient} must be above 0')
 
 
 @pytree

@@ -29,6 +29,7 @@ import numpy as np
 
 from checkpoint.formats.huggingface import refuse_placeholder
 from checkpoint.formats.reading import Bounds, half_split_part, read_part, slices, transposed
+from mistake import Mistake
 
 # our name -> their key; {} is the layer
 NAMES = {
@@ -68,7 +69,7 @@ class Reader:
     """An EasyLM file of one `kind` (see ROOTS), opened for reading.
 
     head_dim: the caller's, since the file does not state it.  keys: all of the file.  names: those of its weights.
-    Raises ValueError for a broken file and for one of another kind.
+    Raises Mistake for a broken file and for one of another kind.
     """
 
     config = None
@@ -76,7 +77,7 @@ class Reader:
     def __init__(self, path: str, kind: str, head_dim: int):
         self.path, self.notes, self._head_dim = Path(path), [], head_dim
         if self.path.is_dir():
-            raise ValueError(f'{path} is a directory: name the file in it, such as {self.path / "streaming_params"}')
+            raise Mistake(f'{path} is a directory: name the file in it, such as {self.path / "streaming_params"}')
         refuse_placeholder(self.path)
         if kind == 'flax_params':
             self._arrays, self._entries = _read_blob(self.path), {}
@@ -85,9 +86,9 @@ class Reader:
         self.keys = set(self._arrays) | set(self._entries)
         self._set_root(ROOTS[kind])
         if kind.startswith('trainstate') and not self.names:
-            raise ValueError(f'{self.path} holds no train state (no key under params/params): use params::')
+            raise Mistake(f'{self.path} holds no train state (no key under params/params): use params::')
         if kind == 'params' and any(key.startswith('params/params/') for key in self.keys):
-            raise ValueError(f'{self.path} holds a whole train state: use trainstate_params:: for its weights, or '
+            raise Mistake(f'{self.path} holds a whole train state: use trainstate_params:: for its weights, or '
                              'trainstate:: to train on from it')
 
     def _set_root(self, root: str) -> None:
@@ -118,7 +119,7 @@ class Reader:
     def array(self, key: str, bounds: Bounds = None) -> np.ndarray:
         """What lies under a key of the file (joined with '/'), as stored, or the part of it within `bounds`."""
         if key not in self.keys:
-            raise ValueError(f'{self.path}: no tensor {key!r}')
+            raise Mistake(f'{self.path}: no tensor {key!r}')
         if self._entries:
             return _read_array(self.path, self._entries[key], bounds)
         return self._arrays[key][slices(bounds)]
@@ -128,7 +129,7 @@ class Reader:
         def read(bounds: Bounds) -> np.ndarray:
             array = self.array(self._root + self.source(name, layer), bounds)
             if array.dtype == np.int32:
-                raise ValueError(f'{self.path}: {self.source(name, layer)!r} holds whole numbers where weights must '
+                raise Mistake(f'{self.path}: {self.source(name, layer)!r} holds whole numbers where weights must '
                                  'stand')
             return array.astype(np.float32, copy=False)
 
@@ -148,17 +149,17 @@ def index(path: Path) -> dict[str, Entry]:
             try:
                 unpacker = msgpack.Unpacker(io.BytesIO(file.read(4096)), max_buffer_size=4096)
                 if unpacker.read_array_header() != 2:
-                    raise ValueError('not a pair')
+                    raise Mistake('not a pair')
                 key = '/'.join(unpacker.unpack())
                 file.seek(start + unpacker.tell())
                 length = _bin_length(file)
             except (ValueError, TypeError, msgpack.UnpackException) as error:
-                raise ValueError(f'{path} at byte {start} holds no (key, value) of an EasyLM streaming file ({error}); '
+                raise Mistake(f'{path} at byte {start} holds no (key, value) of an EasyLM streaming file ({error}); '
                                  'a file saved by flax in one piece is read with flax_params::') from None
             if length > size - file.tell():
-                raise ValueError(f'{path} is cut off: {key} needs {length} bytes, {size - file.tell()} are left')
+                raise Mistake(f'{path} is cut off: {key} needs {length} bytes, {size - file.tell()} are left')
             if key in entries:
-                raise ValueError(f'{path}: {key} occurs twice')
+                raise Mistake(f'{path}: {key} occurs twice')
             entries[key] = Entry(file.tell(), length)
             file.seek(length, 1)
     return entries
@@ -168,7 +169,7 @@ def _bin_length(file) -> int:
     """Reads the header of a msgpack bin value; the file then stands at its first byte."""
     width = {b'\xc4': 1, b'\xc5': 2, b'\xc6': 4}.get(file.read(1))
     if width is None:
-        raise ValueError('the value is not of type bin')
+        raise Mistake('the value is not of type bin')
     return int.from_bytes(file.read(width), 'big')
 
 
@@ -200,24 +201,24 @@ def _read_header(path: Path, entry: Entry) -> Header | None:
         return None
     try:
         if head[start - 1] != 1:
-            raise ValueError(f'extension type {head[start - 1]}')
+            raise Mistake(f'extension type {head[start - 1]}')
         unpacker = msgpack.Unpacker(io.BytesIO(head[start:]), max_buffer_size=4096)
         if unpacker.read_array_header() != 3:
-            raise ValueError('not (shape, dtype, data)')
+            raise Mistake('not (shape, dtype, data)')
         shape, dtype = tuple(unpacker.unpack()), _dtype(unpacker.unpack())
         data = io.BytesIO(head)
         data.seek(start + unpacker.tell())
         length = _bin_length(data)
         if length != math.prod(shape) * np.dtype(dtype).itemsize or data.tell() + length != entry.length:
-            raise ValueError(f'{length} bytes are no {np.dtype(dtype).name}{list(shape)}')
+            raise Mistake(f'{length} bytes are no {np.dtype(dtype).name}{list(shape)}')
     except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
-        raise ValueError(f'{path} at byte {entry.offset}: no array as flax writes it ({error})') from None
+        raise Mistake(f'{path} at byte {entry.offset}: no array as flax writes it ({error})') from None
     return Header(shape, dtype, entry.offset + data.tell())
 
 
 def _dtype(name) -> type:
     if name not in DTYPES:
-        raise ValueError(f'dtype {name!r}; supported: {" ".join(DTYPES)}')
+        raise Mistake(f'dtype {name!r}; supported: {" ".join(DTYPES)}')
     return DTYPES[name]
 
 
@@ -226,14 +227,14 @@ def _unpack(path: Path, data: bytes):
 
     def extension(code: int, data: bytes) -> np.ndarray:
         if code != 1:
-            raise ValueError(f'extension type {code}')
+            raise Mistake(f'extension type {code}')
         shape, dtype, buffer = msgpack.unpackb(data)
         return np.frombuffer(buffer, _dtype(dtype)).reshape(shape)
 
     try:
         return msgpack.unpackb(data, ext_hook=extension, strict_map_key=True, max_bin_len=len(data))
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ValueError(f'{path} holds a value that is no array as flax writes it: {error}') from None
+        raise Mistake(f'{path} holds a value that is no array as flax writes it: {error}') from None
 
 
 def _array(path: Path, value) -> np.ndarray:
@@ -243,7 +244,7 @@ def _array(path: Path, value) -> np.ndarray:
         value = np.concatenate([chunks[str(i)] for i in range(len(chunks))])
         return value.reshape([shape[str(i)] for i in range(len(shape))])
     if not isinstance(value, np.ndarray):
-        raise ValueError(f'{path}: {type(value).__name__} where an array must stand')
+        raise Mistake(f'{path}: {type(value).__name__} where an array must stand')
     return value
 
 
@@ -251,7 +252,7 @@ def _read_blob(path: Path) -> dict[str, np.ndarray]:
     """A flax_params file as {key joined with '/': array}, with or without a root 'params'."""
     tree = _unpack(path, path.read_bytes())
     if not isinstance(tree, dict):
-        raise ValueError(f'{path} holds no dict of parameters: a streaming file is read with params::')
+        raise Mistake(f'{path} holds no dict of parameters: a streaming file is read with params::')
     if set(tree) == {'params'}:
         tree = tree['params']
     arrays = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.formats.easylm import Reader
+from mistake import Mistake
 
 _ADAMW = [  # key below the chain -> what lies there; a name without scalar meaning is a tree like the weights
     ('1/0/count', 'count'), ('1/0/mu/params', 'momentum'), ('1/0/nu/params', 'second_moment'), ('1/2/count', 'count')]
@@ -39,7 +40,7 @@ class TrainStateReader:
     """A train state opened for reading.
 
     step: micro-steps that EasyLM had done.  scalars: 'optimizer.count' and 'optimizer.micro_step', int32, by the names
-    of our checkpoints.  Raises ValueError if the file was saved with another kind of optimizer.
+    of our checkpoints.  Raises Mistake if the file was saved with another kind of optimizer.
     """
 
     def __init__(self, path: str, head_dim: int, parameter_scale: bool, accumulated: bool):
@@ -57,7 +58,7 @@ class TrainStateReader:
     def _check(self, flag: str, root: str, wanted: bool, yes: str, no: str) -> None:
         stored = any(key.startswith(root) for key in self._file.keys)
         if stored != wanted:
-            raise ValueError(f'{self._file.path} was saved with {flag}{yes if stored else no}: set the flag so, or '
+            raise Mistake(f'{self._file.path} was saved with {flag}{yes if stored else no}: set the flag so, or '
                              'take the weights alone with trainstate_params::')
 
     def tree(self, what: str) -> Reader:
@@ -66,8 +67,8 @@ class TrainStateReader:
 
 
 def read_step(path: str) -> int:
-    """The micro-steps done of a train state; raises ValueError if the file is none."""
+    """The micro-steps done of a train state; raises Mistake if the file is none."""
     step = Reader(path, 'trainstate', 0).array('step')
     if step.shape or step.dtype != np.int32 or step < 0:
-        raise ValueError(f'{Path(path)}: step={step} must be a whole number')
+        raise Mistake(f'{Path(path)}: step={step} must be a whole number')
     return int(step)

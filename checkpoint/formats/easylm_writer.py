@@ -17,6 +17,7 @@ from checkpoint.formats.easylm_train_state import layout
 from checkpoint.formats.rotary_order import interleaved_from_half_split
 from checkpoint.load import tensors_of
 from checkpoint.writing import appears_whole, rounded
+from mistake import Mistake
 from model.config import LlamaConfig
 
 CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is cut
@@ -28,7 +29,7 @@ Tensor = Callable[[str, int | None], np.ndarray]  # our name of a weight, its la
 def write_params(path: Path, tensor: Tensor, config: LlamaConfig, float_dtype: str, replace: bool = False) -> None:
     """EasyLM's `streaming_params` from tensors in our layout and rotary order; float_dtype fp32, bf16, fp16, or ''.
 
-    Raises ValueError, with `path` as it was, for a model that EasyLM cannot compute, values that are no finite numbers
+    Raises Mistake, with `path` as it was, for a model that EasyLM cannot compute, values that are no finite numbers
     (in float_dtype), and for a file that exists, unless it may be replaced.
     """
     refuse_unsupported(config)
@@ -66,7 +67,7 @@ def gathered(arrays: dict[str, jax.Array], prefix: str) -> Tensor:
 
 
 def refuse_unsupported(config: LlamaConfig) -> None:
-    """Raises ValueError that lists what EasyLM's model of August 2023 has no place for."""
+    """Raises Mistake that lists what EasyLM's model of August 2023 has no place for."""
     wrong = []
     if config.tie_word_embeddings:
         wrong.append('tie_word_embeddings=True (its lm_head is a weight of its own)')
@@ -79,7 +80,7 @@ def refuse_unsupported(config: LlamaConfig) -> None:
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         wrong.append(f'head_dim={config.head_dim} (it has hidden_size / num_attention_heads)')
     if wrong:
-        raise ValueError(f'EasyLM of August 2023 cannot compute this model: {"; ".join(wrong)}; write it as hf or as '
+        raise Mistake(f'EasyLM of August 2023 cannot compute this model: {"; ".join(wrong)}; write it as hf or as '
                          'our own checkpoint')
 
 
@@ -106,7 +107,7 @@ def _write_pair(file, key: str, array: np.ndarray, float_dtype: str) -> None:
     parts = _value(rounded(array, float_dtype, key))
     length = sum(len(part) for part in parts)
     if length > LARGEST_VALUE:
-        raise ValueError(f'{key} needs {length} bytes, EasyLM\'s format holds {LARGEST_VALUE} in one value: write bf16')
+        raise Mistake(f'{key} needs {length} bytes, EasyLM\'s format holds {LARGEST_VALUE} in one value: write bf16')
     file.write(b'\x92' + msgpack.packb(key.split('/')) + _bin_header(length))
     for part in parts:
         file.write(part)
@@ -149,4 +150,4 @@ def _sized(marks: tuple[bytes, bytes, bytes], length: int) -> bytes:
     for mark, width in zip(marks, (1, 2, 4), strict=True):
         if length < 1 << 8 * width:
             return mark + length.to_bytes(width, 'big')
-    raise ValueError(f'{length} bytes are more than one value of msgpack holds')
+    raise Mistake(f'{length} bytes are more than one value of msgpack holds')

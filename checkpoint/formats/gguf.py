@@ -22,6 +22,7 @@ from gguf.quants import dequantize
 
 from checkpoint.formats.huggingface import refuse_placeholder
 from checkpoint.formats.reading import Bounds, half_split_part, read_part, transposed
+from mistake import Mistake
 from model.config import LlamaConfig
 
 # our name -> their name; {} is the layer
@@ -47,7 +48,7 @@ class Reader:
     """A GGUF file of architecture `llama`, opened for reading.
 
     config: LlamaConfig.  names: all tensors of the file, by the file's names.  notes: what the caller may want to log.
-    Raises ValueError for a broken file and for whatever would change the mathematics and is not implemented.
+    Raises Mistake for a broken file and for whatever would change the mathematics and is not implemented.
     """
 
     def __init__(self, path: str):
@@ -74,7 +75,7 @@ class Reader:
         """One tensor, or the part of it within `bounds`, dequantised to float32, in our layout and rotary order."""
         source = self.source(name, layer)
         if source not in self._tensors:
-            raise ValueError(f'{self.path}: no tensor {source!r}')
+            raise Mistake(f'{self.path}: no tensor {source!r}')
         if name not in TRANSPOSED:
             return self._read(source, bounds)
         read = lambda bounds: self._read(source, transposed(bounds)).T
@@ -91,7 +92,7 @@ class Reader:
         try:
             array = dequantize(stored, tensor.kind).astype(np.float32, copy=False)
         except NotImplementedError:
-            raise ValueError(f'{self.path}: {source!r} has type {tensor.kind.name}, which the gguf package cannot '
+            raise Mistake(f'{self.path}: {source!r} has type {tensor.kind.name}, which the gguf package cannot '
                              'dequantise: take a file of another quantisation, such as Q8_0') from None
         return array[..., first - start * block:last - start * block]
 
@@ -99,13 +100,13 @@ class Reader:
         """A metadata value, checked for its type; without a default its absence is an error."""
         value = self._metadata.get(key, default)
         if type(value) is not kind:
-            raise ValueError(f'{self.path}: {key}={value!r} must be {kind.__name__}')
+            raise Mistake(f'{self.path}: {key}={value!r} must be {kind.__name__}')
         return value
 
     def _config(self) -> LlamaConfig:
         architecture = self._get('general.architecture', str)
         if architecture != 'llama':
-            raise ValueError(f'{self.path}: general.architecture={architecture!r} is not supported; supported: llama')
+            raise Mistake(f'{self.path}: general.architecture={architecture!r} is not supported; supported: llama')
         heads = self._get('llama.attention.head_count', int)
         hidden_size = self._get('llama.embedding_length', int)
         head_dim = self._get('llama.attention.key_length', int, hidden_size // max(heads, 1))
@@ -114,17 +115,17 @@ class Reader:
         self._refuse('llama.rope.scaling.type', 'none')
         self._refuse('llama.expert_count', 0)
         if 'rope_freqs.weight' in self._tensors:
-            raise ValueError(f'{self.path}: rope_freqs.weight (frequency scaling of Llama 3.1 and later) is not '
+            raise Mistake(f'{self.path}: rope_freqs.weight (frequency scaling of Llama 3.1 and later) is not '
                              'supported in GGUF files: load the model from its safetensors directory with hf::')
         embedding = self.shape('embedding', None)
         if embedding is None or len(embedding) != 2:
-            raise ValueError(f'{self.path}: no matrix {NAMES["embedding"]!r}')
+            raise Mistake(f'{self.path}: no matrix {NAMES["embedding"]!r}')
         for key, default in (('bos', 1), ('eos', 2)):
             if f'tokenizer.ggml.{key}_token_id' not in self._metadata:
                 self.notes.append(f'{self.path}: no tokenizer.ggml.{key}_token_id; llama.cpp takes {default}')
         layers = self._get('llama.block_count', int)
         if layers > len(self._tensors):
-            raise ValueError(f'{self.path}: llama.block_count={layers} but the file has {len(self._tensors)} tensors')
+            raise Mistake(f'{self.path}: llama.block_count={layers} but the file has {len(self._tensors)} tensors')
         values = dict(
             vocab_size=embedding[0],
             hidden_size=hidden_size,
@@ -143,19 +144,19 @@ class Reader:
         try:
             return LlamaConfig(**values)
         except ValueError as error:
-            raise ValueError(f'{self.path}: {error}') from None
+            raise Mistake(f'{self.path}: {error}') from None
 
     def _positive(self, key: str, default: float | None = None) -> float:
         """The shortest decimal that is the same float32: the file holds 1e-5 as 9.999999747378752e-06."""
         value = float(str(np.float32(self._get(key, float, default))))
         if not 0 < value < math.inf:
-            raise ValueError(f'{self.path}: {key}={value!r} must be a positive number')
+            raise Mistake(f'{self.path}: {key}={value!r} must be a positive number')
         return value
 
     def _refuse(self, key: str, supported) -> None:
         value = self._get(key, type(supported), supported)
         if value != supported:
-            raise ValueError(f'{self.path}: {key}={value!r} is not supported; supported: {supported!r}')
+            raise Mistake(f'{self.path}: {key}={value!r} is not supported; supported: {supported!r}')
 
     @property
     def add_bos_token(self) -> bool | None:
@@ -166,20 +167,20 @@ class Reader:
         """(tokenizer.json text of the tokenizers library, bos id, eos id, pad id) rebuilt from the metadata.
 
         Supported: byte-level BPE ('gpt2') with the pre-tokenizer 'smollm': digits one by one, then GPT-2's pattern.
-        Raises ValueError that tells to give --tokenizer.vocab_file for all others.
+        Raises Mistake that tells to give --tokenizer.vocab_file for all others.
         """
         remedy = 'give the tokenizer with --tokenizer.vocab_file=FILE'
         model = self._get('tokenizer.ggml.model', str, 'none')
         pre = self._get('tokenizer.ggml.pre', str, 'none')
         if (model, pre) != ('gpt2', 'smollm'):
-            raise ValueError(f'{self.path}: the embedded tokenizer (tokenizer.ggml.model={model!r}, pre={pre!r}) is '
+            raise Mistake(f'{self.path}: the embedded tokenizer (tokenizer.ggml.model={model!r}, pre={pre!r}) is '
                              f"not supported (supported: 'gpt2' with pre 'smollm'): {remedy}")
         tokens = self._get('tokenizer.ggml.tokens', list)
         types = self._get('tokenizer.ggml.token_type', list)
         merges = [merge.split(' ') for merge in self._get('tokenizer.ggml.merges', list)]
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(types) != len(tokens) or len(vocabulary) != len(tokens) or any(len(merge) != 2 for merge in merges):
-            raise ValueError(f'{self.path}: the embedded tokenizer is broken (tokens, types or merges): {remedy}')
+            raise Mistake(f'{self.path}: the embedded tokenizer is broken (tokens, types or merges): {remedy}')
         added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
                       special=kind == TokenType.CONTROL)
                  for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -223,23 +224,23 @@ class _Header:
         self._path, self._size = path, path.stat().st_size
         with open(path, 'rb') as self._file:
             if self._file.read(4) != b'GGUF':
-                raise ValueError(f'{path} is not a GGUF file (it does not start with GGUF)')
+                raise Mistake(f'{path} is not a GGUF file (it does not start with GGUF)')
             version, tensors, keys = self._scalar('I'), self._scalar('Q'), self._scalar('Q')
             if version not in (2, 3):
-                raise ValueError(f'{path}: GGUF version {version} is not supported; supported: 2 3')
+                raise Mistake(f'{path}: GGUF version {version} is not supported; supported: 2 3')
             self.metadata = dict(self._unique(keys, lambda: self._value(self._scalar('I'))))
             self.tensors = dict(self._unique(tensors, self._tensor))
             alignment = self.metadata.get('general.alignment', 32)
             if type(alignment) is not int or alignment < 1:
-                raise ValueError(f'{path}: general.alignment={alignment!r} must be a positive number')
+                raise Mistake(f'{path}: general.alignment={alignment!r} must be a positive number')
             self.data_start = -(-self._file.tell() // alignment) * alignment
         for name, tensor in self.tensors.items():
             if self.data_start + tensor.offset + math.prod(tensor.byte_shape) > self._size:
-                raise ValueError(f'{path} is cut off: tensor {name!r} ends behind its {self._size} bytes')
+                raise Mistake(f'{path} is cut off: tensor {name!r} ends behind its {self._size} bytes')
 
     def _bytes(self, count: int) -> bytes:
         if count > self._size - self._file.tell():
-            raise ValueError(f'{self._path}: the header asks for {count} more bytes than the file has: '
+            raise Mistake(f'{self._path}: the header asks for {count} more bytes than the file has: '
                              'it is cut off or broken, download it again')
         return self._file.read(count)
 
@@ -255,26 +256,26 @@ class _Header:
         if kind == self.STRING:
             return self._string()
         if kind != self.ARRAY:
-            raise ValueError(f'{self._path}: metadata type {kind} is unknown')
+            raise Mistake(f'{self._path}: metadata type {kind} is unknown')
         item, count = self._scalar('I'), self._scalar('Q')
         if item in self.SCALARS:
             width = struct.calcsize('<' + self.SCALARS[item])
             return list(struct.unpack(f'<{count}{self.SCALARS[item]}', self._bytes(count * width)))
         if item == self.STRING:  # each string reads its own length or raises, so `count` cannot run away
             return [self._string() for _ in range(count)]
-        raise ValueError(f'{self._path}: arrays of metadata type {item} are not supported')
+        raise Mistake(f'{self._path}: arrays of metadata type {item} are not supported')
 
     def _tensor(self) -> _Tensor:
         dimensions = self._scalar('I')
         if not 1 <= dimensions <= 4:
-            raise ValueError(f'{self._path}: a tensor with {dimensions} dimensions is not supported')
+            raise Mistake(f'{self._path}: a tensor with {dimensions} dimensions is not supported')
         shape = tuple(self._scalar('Q') for _ in range(dimensions))[::-1]
         kind = self._scalar('I')
         if kind not in list(GGML_QUANT_SIZES):
-            raise ValueError(f'{self._path}: tensor type {kind} is unknown to the installed gguf package')
+            raise Mistake(f'{self._path}: tensor type {kind} is unknown to the installed gguf package')
         tensor = _Tensor(GGMLQuantizationType(kind), shape, self._scalar('Q'))
         if shape[-1] % GGML_QUANT_SIZES[tensor.kind][0]:
-            raise ValueError(f'{self._path}: a {tensor.kind.name} row of {shape[-1]} is no whole number of blocks')
+            raise Mistake(f'{self._path}: a {tensor.kind.name} row of {shape[-1]} is no whole number of blocks')
         return tensor
 
     def _unique(self, count: int, read):
@@ -282,6 +283,6 @@ class _Header:
         for _ in range(count):
             name = self._string()
             if name in seen:
-                raise ValueError(f'{self._path}: {name!r} occurs twice in the header')
+                raise Mistake(f'{self._path}: {name!r} occurs twice in the header')
             seen.add(name)
             yield name, read()

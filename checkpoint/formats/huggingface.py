@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.formats.reading import Bounds, read_part, transposed
+from mistake import Mistake
 from model.config import LlamaConfig, RopeScaling
 
 # our name -> (their name, transposed); {} is the layer
@@ -43,13 +44,13 @@ class Reader:
 
     config: LlamaConfig.  notes: what the caller may want to log (for example several eos ids).
     names: all tensors of the directory, by the file's names.
-    Raises ValueError for a directory without safetensors, broken files and unsupported architectures.
+    Raises Mistake for a directory without safetensors, broken files and unsupported architectures.
     """
 
     def __init__(self, path: str):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
+            raise Mistake(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
         self.config, self.notes = read_config(self.path / 'config.json')
         self._shards = {}
         self._shard_of, self._offset_of = {}, {}
@@ -65,14 +66,14 @@ class Reader:
         try:
             shard = safe_open(path, framework='np')
         except SafetensorError as error:
-            raise ValueError(f'{path} is not a whole safetensors file ({error}): download it again') from None
+            raise Mistake(f'{path} is not a whole safetensors file ({error}): download it again') from None
         self._shards[file] = shard
         with open(path, 'rb') as opened:
             length = int.from_bytes(opened.read(8), 'little')
             header = json.loads(opened.read(length))
         for name in shard.keys():
             if name in self._shard_of:
-                raise ValueError(f'{path}: tensor {name!r} lies in {self._shard_of[name]!r} too')
+                raise Mistake(f'{path}: tensor {name!r} lies in {self._shard_of[name]!r} too')
             self._shard_of[name] = file
             self._offset_of[name] = 8 + length + header[name]['data_offsets'][0]
 
@@ -91,15 +92,15 @@ class Reader:
     def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
         """One tensor, or the part of it within `bounds`, float32, in our layout.
 
-        Raises ValueError naming a missing tensor or an unsupported dtype.
+        Raises Mistake naming a missing tensor or an unsupported dtype.
         """
         source, is_transposed = self.source(name, layer), NAMES[name][1]
         if source not in self._shard_of:
-            raise ValueError(f'{self.path}: no tensor {source!r}')
+            raise Mistake(f'{self.path}: no tensor {source!r}')
         stated = self._shards[self._shard_of[source]].get_slice(source)
         dtype, shape = stated.get_dtype(), stated.get_shape()
         if dtype not in DTYPES:
-            raise ValueError(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
+            raise Mistake(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
                              f'supported: {" ".join(DTYPES)} (quantised models are read from gguf:: files)')
         array = read_part(self.path / self._shard_of[source], DTYPES[dtype], tuple(shape), self._offset_of[source],
                           transposed(bounds) if is_transposed else bounds).astype(np.float32, copy=False)
@@ -107,14 +108,14 @@ class Reader:
 
 
 def refuse_placeholder(path: Path) -> None:
-    """Raises ValueError if `path` is missing, a dangling link, or a git-lfs pointer instead of the data."""
+    """Raises Mistake if `path` is missing, a dangling link, or a git-lfs pointer instead of the data."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(f'{path} is a dangling link to {path.readlink()}: download the model again')
+        raise Mistake(f'{path} is a dangling link to {path.readlink()}: download the model again')
     if not path.is_file():
-        raise ValueError(f'{path} does not exist')
+        raise Mistake(f'{path} does not exist')
     with open(path, 'rb') as file:
         if file.read(64).startswith(b'version https://git-lfs'):
-            raise ValueError(f'{path} is a git-lfs pointer, not the weights: run `git lfs pull` in that directory')
+            raise Mistake(f'{path} is a git-lfs pointer, not the weights: run `git lfs pull` in that directory')
 
 
 def _weight_files(path: Path) -> list[str]:
@@ -127,33 +128,33 @@ def _weight_files(path: Path) -> list[str]:
         refuse_placeholder(index)
         weight_map = _read_json(index).get('weight_map')
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f'{index}: weight_map must map tensor names to file names')
+            raise Mistake(f'{index}: weight_map must map tensor names to file names')
         for file in set(weight_map.values()):
             if file != Path(file).name or file in ('', '.', '..') or '\\' in file:
-                raise ValueError(f'{index}: shard {file!r} must be a plain file name inside the directory')
+                raise Mistake(f'{index}: shard {file!r} must be a plain file name inside the directory')
         return sorted(set(weight_map.values()))
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt'))
     if pickles:
-        raise ValueError(f'{path} holds only pickle files ({pickles[0]}), which are never read (unpickling runs code): '
+        raise Mistake(f'{path} holds only pickle files ({pickles[0]}), which are never read (unpickling runs code): '
                          'take the safetensors version, or where the file is trusted convert it with transformers: '
                          'AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)')
-    raise ValueError(f'{path} holds no weights: expected model.safetensors or model.safetensors.index.json')
+    raise Mistake(f'{path} holds no weights: expected model.safetensors or model.safetensors.index.json')
 
 
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is not JSON: {error}') from None
+        raise Mistake(f'{path} is not JSON: {error}') from None
     if not isinstance(values, dict):
-        raise ValueError(f'{path} must hold a JSON object')
+        raise Mistake(f'{path} must hold a JSON object')
     return values
 
 
 def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
     """config.json as a LlamaConfig, and notes.  Keys that are absent have the defaults of transformers' LlamaConfig.
 
-    Raises ValueError that names the file, the key and the supported values.
+    Raises Mistake that names the file, the key and the supported values.
     """
     refuse_placeholder(path)
     values = _read_json(path)
@@ -162,7 +163,7 @@ def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
     for key, value in supported.items():
         given = values.get(key, None if key == 'model_type' else value)
         if given != value:
-            raise ValueError(f'{path}: {key}={given!r} is not supported; supported: {value!r}')
+            raise Mistake(f'{path}: {key}={given!r} is not supported; supported: {value!r}')
     theta, scaling = _rope(path, values)
     notes = []
     fields = dict(
@@ -185,31 +186,31 @@ def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
     try:
         return LlamaConfig(**fields), notes
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+        raise Mistake(f'{path}: {error}') from None
 
 
 def _rope(path: Path, values: dict) -> tuple[float, RopeScaling | None]:
     """(rope_theta, scaling) from either generation of transformers."""
     if values.get('rope_parameters') is not None and values.get('rope_scaling') is not None:
-        raise ValueError(f'{path}: both rope_parameters (transformers 5) and rope_scaling (transformers 4) are given; '
+        raise Mistake(f'{path}: both rope_parameters (transformers 5) and rope_scaling (transformers 4) are given; '
                          'remove one')
     key = 'rope_parameters' if values.get('rope_parameters') is not None else 'rope_scaling'
     rope = values.get(key)
     rope = {} if rope is None else rope
     if not isinstance(rope, dict):
-        raise ValueError(f'{path}: {key}={rope!r} must be an object')
+        raise Mistake(f'{path}: {key}={rope!r} must be an object')
     rope = {name: value for name, value in rope.items() if value is not None}
     kind = rope.pop('rope_type', rope.get('type', 'default'))
     rope.pop('type', None)
     theta = _positive(path, rope if 'rope_theta' in rope else values, 'rope_theta', absent=10000.0)
     rope.pop('rope_theta', None)
     if kind not in ('default', 'llama3'):
-        raise ValueError(f'{path}: {key}.rope_type={kind!r} is not supported; supported: default llama3')
+        raise Mistake(f'{path}: {key}.rope_type={kind!r} is not supported; supported: default llama3')
     floats = ('factor', 'low_freq_factor', 'high_freq_factor') if kind == 'llama3' else ()
     sizes = ('original_max_position_embeddings',) if kind == 'llama3' else ()
     unknown = sorted(set(rope) - set(floats + sizes) - ({'factor'} if rope.get('factor') == 1 else set()))
     if unknown:
-        raise ValueError(f'{path}: {key}.{unknown[0]}={rope[unknown[0]]!r} is not supported with rope_type={kind!r}; '
+        raise Mistake(f'{path}: {key}.{unknown[0]}={rope[unknown[0]]!r} is not supported with rope_type={kind!r}; '
                          f'supported: rope_theta {" ".join(floats + sizes)}'.rstrip())
     if kind == 'default':
         return theta, None
@@ -222,7 +223,7 @@ def _size(path: Path, values: dict, key: str, absent: int | None = None, largest
     if value is None and absent is not None:
         return absent
     if type(value) is not int or not 1 <= value <= largest:
-        raise ValueError(f'{path}: {key}={value!r} must be a whole number between 1 and {largest}')
+        raise Mistake(f'{path}: {key}={value!r} must be a whole number between 1 and {largest}')
     return value
 
 
@@ -231,7 +232,7 @@ def _positive(path: Path, values: dict, key: str, absent: float | None = None) -
     if value is None and absent is not None:
         return absent
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f'{path}: {key}={value!r} must be a positive number')
+        raise Mistake(f'{path}: {key}={value!r} must be a positive number')
     return float(value)
 
 
@@ -239,7 +240,7 @@ def _bool(path: Path, values: dict, key: str, absent: bool) -> bool:
     value = values.get(key)
     value = absent if value is None else value
     if type(value) is not bool:
-        raise ValueError(f'{path}: {key}={value!r} must be true or false')
+        raise Mistake(f'{path}: {key}={value!r} must be true or false')
     return value
 
 
@@ -253,5 +254,5 @@ def _token_id(path: Path, values: dict, key: str, absent: int, notes: list[str])
         notes.append(f'{path}: {key}={value}; the first one is used')
         value = value[0]
     if type(value) is not int or value < 0:
-        raise ValueError(f'{path}: {key}={value!r} must be a token id')
+        raise Mistake(f'{path}: {key}={value!r} must be a token id')
     return value

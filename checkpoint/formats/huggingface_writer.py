@@ -25,7 +25,7 @@ def write(path: Path, tensor: Callable[[str, int | None], np.ndarray], config: L
     """The directory `path` from tensors in our layout: tensor(name of a weight, layer or None) -> array.
 
     One file, or several of at most max_shard_bytes (a larger tensor has a file of its own) and their index.
-    Raises ValueError, with nothing left, if `path` exists and for values that are no finite numbers in float_dtype.
+    Raises Mistake, with nothing left, if `path` exists and for values that are no finite numbers in float_dtype.
     """
     shards = _shards(_entries(config), np.dtype(FLOATS[float_dtype]).itemsize, max_shard_bytes)
     names = [f'model-{i + 1:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'

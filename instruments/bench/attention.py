@@ -41,6 +41,7 @@ from kernels import chips
 from kernels import decode_attention as decode
 from kernels.flash_attention import flash_attention
 from kernels.reference import attention, decode_attention
+from mistake import Mistake
 
 SHAPES = [name for name in (*shapes.ATTENTION, *shapes.DECODE) if not name.startswith('tiny')]
 KERNELS = ['ours', *anchors.ATTENTION, *anchors.DECODE]
@@ -133,7 +134,7 @@ def check(case: Case, shape, backward: bool) -> float:
     errors = [float(np.sqrt(np.mean((np.asarray(x, np.float32) - y) ** 2) / np.mean(np.asarray(y) ** 2)))
               for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(truth), strict=True)]
     if not max(errors) <= MOST_ERROR:  # also NaN
-        raise ValueError(f'the kernel differs from kernels/reference.py at {shape}: relative RMS {errors}')
+        raise Mistake(f'the kernel differs from kernels/reference.py at {shape}: relative RMS {errors}')
     return max(errors)
 
 
@@ -183,7 +184,7 @@ def wall_clock_row(case: Case, shape, backward: bool, repeats: int = 50) -> dict
         times = kernel_times(jax.profiler.ProfileData.from_file(path), names)
     if set(map(len, times.values())) != {repeats} or len(times) != len(names):
         found = {name: len(found) for name, found in times.items()}
-        raise ValueError(f'the profile has {found} executions of {names=}, not {repeats} of each')
+        raise Mistake(f'the profile has {found} executions of {names=}, not {repeats} of each')
     calls = np.sum(list(times.values()), axis=0) * 1e-6 + case.extra_bytes / attached_chip().hbm_bandwidth * 1e3
     return dict(method='wall clock', ms=float(np.median(calls)), ms_p90=float(np.percentile(calls, 90)), calls=repeats)
 
@@ -208,7 +209,7 @@ def attached_chip() -> chips.Chip:
     """
     device = jax.devices()[0]
     if device.platform != 'tpu':
-        raise ValueError(f"{device.platform=}: no TPU is attached, and a kernel's time in interpret mode says nothing; "
+        raise Mistake(f"{device.platform=}: no TPU is attached, and a kernel's time in interpret mode says nothing; "
                          'pass --target=v5e,v6e for static figures')
     return chips.find(device.device_kind)
 
@@ -288,11 +289,11 @@ def run(names, kernels, passes, targets, output: pathlib.Path) -> list[dict]:
 
 def main(argv):
     if len(argv) > 1:
-        raise ValueError(f'{argv[1:]=}: every argument is a flag, --name=value')
+        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
     flag = flags.FLAGS
     unknown = ((set(flag.shapes) - set(SHAPES)) | (set(flag.kernels) - set(KERNELS)) | (set(flag.passes) - set(PASSES)))
     if unknown:
-        raise ValueError(f'{sorted(unknown)} is none of {SHAPES=}, {KERNELS=}, {PASSES=}')
+        raise Mistake(f'{sorted(unknown)} is none of {SHAPES=}, {KERNELS=}, {PASSES=}')
     if flag.target:
         jax.config.update('jax_platforms', 'cpu')  # only compiled for, and checked in interpret mode
     else:

@@ -13,6 +13,7 @@ from instruments.bench import attention as benchmark
 from instruments.bench import shapes
 from instruments.bench.shapes import AttentionShape, DecodeShape
 from instruments.tpu.compile import compile_for
+from mistake import Mistake
 
 
 def compile_shape(name: str, shape: AttentionShape | DecodeShape, backward: bool, target: str) -> str | None:
@@ -33,7 +34,7 @@ def compile_shape(name: str, shape: AttentionShape | DecodeShape, backward: bool
 
 def main(argv):
     if len(argv) > 1:
-        raise ValueError(f'{argv[1:]=}: every argument is a flag, --name=value')
+        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     refused = []
     wanted = [*shapes.ATTENTION.items(), *shapes.DECODE.items()]

@@ -34,6 +34,7 @@ import numpy as np
 from absl import app, flags
 
 from data.batches import Batch
+from mistake import Mistake
 from model import llama
 from model.config import MODELS, Compute, LlamaConfig, config_from_dict, config_to_dict
 from model.partition import make_mesh
@@ -131,30 +132,30 @@ class Child:
         self._process.stdout.close()
 
     def ask(self, message: dict) -> dict:
-        """The answer.  Raises ValueError where the child ends instead, or answers {"error": ...}."""
+        """The answer.  Raises Mistake where the child ends instead, or answers {"error": ...}."""
         with contextlib.suppress(BrokenPipeError):  # it ended: the empty line below says so
             self._process.stdin.write(json.dumps(message) + '\n')
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise ValueError(f'{self.name}: the process ended with exit code {self._process.wait()} before it '
+            raise Mistake(f'{self.name}: the process ended with exit code {self._process.wait()} before it '
                              'answered; its own message stands above')
         reply = json.loads(line)
         if 'error' in reply:
-            raise ValueError(f'{self.name}: {reply["error"]}')
+            raise Mistake(f'{self.name}: {reply["error"]}')
         return reply
 
 
 def take_turns(children: list[Child], work: dict, turns: int) -> tuple[dict, list[dict]]:
     """Every child runs over all batches once a turn: ({versions, parameters, tokens}, a row for each turn and child).
 
-    Raises ValueError where the children's numbers of weights or tokens differ.
+    Raises Mistake where the children's numbers of weights or tokens differ.
     """
     known = {child.name: child.ask(work) for child in children}
     versions = {name: version for reply in known.values() for name, version in reply.pop('versions').items()}
     first = known[children[0].name]
     if any(reply != first for reply in known.values()):
-        raise ValueError(f'the sides do not train the same: {known}')
+        raise Mistake(f'the sides do not train the same: {known}')
     rows, steps = [], len(work['records'])
     for turn in range(turns + 1):
         for child in children if turn % 2 else children[::-1]:
@@ -181,12 +182,12 @@ def summarize(rows: list[dict], reference: str) -> dict[str, dict]:
 
 
 def read_variants(xla_flags: str, variants: list[str]) -> dict[str, str]:
-    """{name of a side of ours: its XLA_FLAGS}.  Raises ValueError for a variant that is not NAME:XLA_FLAGS."""
+    """{name of a side of ours: its XLA_FLAGS}.  Raises Mistake for a variant that is not NAME:XLA_FLAGS."""
     result = dict(ours=xla_flags)
     for variant in variants:
         name, separator, value = variant.partition(':')
         if not separator or not name or name.startswith('-') or name in (*result, 'torch'):
-            raise ValueError(f'--variant={variant!r} must be NAME:XLA_FLAGS, with a name of its own, not ours or torch')
+            raise Mistake(f'--variant={variant!r} must be NAME:XLA_FLAGS, with a name of its own, not ours or torch')
         result[name] = value
     return result
 
@@ -194,7 +195,7 @@ def read_variants(xla_flags: str, variants: list[str]) -> dict[str, str]:
 def main(argv):
     flag = flags.FLAGS
     if len(argv) > 1:
-        raise ValueError(f'{argv[1:]=}: every argument is a flag, --name=value')
+        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
     if flag.child:
         return child()
     variants = read_variants(flag.xla_flags, flag.variant)

@@ -2,6 +2,7 @@
 import pathlib
 
 from kernels import chips
+from mistake import Mistake
 
 
 def line(row: dict) -> str:
@@ -71,7 +72,7 @@ def roofline(rows: list[dict], path: pathlib.Path) -> None:
     best = best_rows(rows)
     names = list(dict.fromkeys(row['chip'] for row in best.values()))
     if not names:
-        raise ValueError('there is no row to draw: every kernel was refused, or none applies to the shapes')
+        raise Mistake('there is no row to draw: every kernel was refused, or none applies to the shapes')
     figure, axes = pyplot.subplots(1, len(names), figsize=(6.5 * len(names), 5), squeeze=False)
     kernels = list(dict.fromkeys(row['kernel'] for row in best.values()))
     for name, axis in zip(names, axes[0], strict=True):

@@ -20,6 +20,7 @@ from instruments.bench import attention as benchmark
 from instruments.bench import shapes
 from kernels import tuned
 from kernels.tiles import Tiles
+from mistake import Mistake
 
 TIE = 1.05
 # kernel -> (tiles' class, the values of each field); combinations that the class or the kernel refuses are left out
@@ -89,7 +90,7 @@ def choose(trials: list[dict]) -> dict:
       ValueError: there are none.
     """
     if not trials:
-        raise ValueError('no tiles of the grid compile for this shape; widen GRIDS')
+        raise Mistake('no tiles of the grid compile for this shape; widen GRIDS')
     fastest = min(row['ms'] for row in trials)
     return min((row for row in trials if row['ms'] <= TIE * fastest), key=lambda row: row['bundles'])
 
@@ -108,12 +109,12 @@ def merge(rows: list[dict], path: pathlib.Path) -> None:
 
 def main(argv):
     if len(argv) > 1:
-        raise ValueError(f'{argv[1:]=}: every argument is a flag, --name=value')
+        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     flag = flags.FLAGS
     unknown = (set(flag.kernels) - set(GRIDS)) | (set(flag.shapes) - set(shapes.ATTENTION))
     if unknown:
-        raise ValueError(f'{sorted(unknown)} is none of {list(GRIDS)=}, {list(shapes.ATTENTION)=}')
+        raise Mistake(f'{sorted(unknown)} is none of {list(GRIDS)=}, {list(shapes.ATTENTION)=}')
     output = pathlib.Path(flag.output)
     output.mkdir(parents=True, exist_ok=True)
     for target, name, kernel in itertools.product(flag.target, flag.shapes, flag.kernels):

@@ -10,6 +10,7 @@ from data.batches import Batch
 from instruments.planning import plan as planning
 from instruments.planning.plan import Plan, Setting
 from kernels import chips
+from mistake import Mistake
 from training import step
 
 
@@ -19,7 +20,7 @@ class CompiledStep:
     describe: receives the lines that a program prints about itself, before its first run.
     wait_for_all: called between compiling a program and running it.  Of several processes one may find the program
     compiled already, and collectives between CPUs wait for half a minute only.
-    Raises ValueError, naming a plan that fits if one is found, where a program does not fit the devices.
+    Raises Mistake, naming a plan that fits if one is found, where a program does not fit the devices.
     """
 
     def __init__(self, setting: Setting, describe: Callable[[str], None],
@@ -38,7 +39,7 @@ class CompiledStep:
             if planning.out_of_memory(error) is None:
                 raise
             message = out_of_memory_message(self._setting, error, abstract(batch), self._describe)
-            raise ValueError(message) from error
+            raise Mistake(message) from error
 
     def _compile(self, state, batch: Batch):
         began = time.perf_counter()

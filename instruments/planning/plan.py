@@ -33,6 +33,7 @@ from data.batches import Batch
 from instruments.tpu.collectives import bytes_by_axis, collectives
 from instruments.tpu.estimate import Estimate, estimate
 from kernels.chips import Chip
+from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig
 from model.partition import AXES, BATCH, factorizations, make_mesh
@@ -118,9 +119,9 @@ def valid_meshes(config: LlamaConfig, devices: int, batch_size: int) -> tuple[li
 
 
 def check_rows(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError unless every device gets the same number of rows."""
+    """Raises Mistake unless every device gets the same number of rows."""
     if batch_size < 1 or batch_size % rows_unit(mesh):
-        raise ValueError(f'{batch_size=} is not divisible by dp*fsdp={rows_unit(mesh)}: change it or --mesh_dim')
+        raise Mistake(f'{batch_size=} is not divisible by dp*fsdp={rows_unit(mesh)}: change it or --mesh_dim')
 
 
 def rows_unit(mesh: Mesh | AbstractMesh) -> int:
@@ -184,7 +185,7 @@ def measured(plan: Plan, compiled: jax.stages.Compiled, mesh: Mesh, chip: Chip |
              seconds: float, text: str | None = None) -> Plan:
     """The plan of a compiled program that took `seconds` to compile; text: in the place of its own.
 
-    Raises ValueError where the text cannot be read (tpu/hlo.py).
+    Raises Mistake where the text cannot be read (tpu/hlo.py).
     """
     memory, text = compiled.memory_analysis(), text or compiled.as_text()
     return judged(dataclasses.replace(
