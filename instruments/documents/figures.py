@@ -6,8 +6,9 @@
 A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is one of BLOCKS.  Figures are changed in the
 JSON files, by the tool that makes them where it writes JSON: kernels.json holds rows of instruments.bench.attention
 (rows.jsonl), plans.json rows of plan.py (--output), cpu_training.json those of instruments.bench.cpu_training
-(--output), results.json what evaluate.py counts (`total` and `correct` of evaluation.json).  Each file says the
-command, the machine, the versions, the date and the commit; `notes` are findings in words.
+(--output), results.json what evaluate.py counts (`total` and `correct` of evaluation.json).  Each of them says the
+command, the machine, the versions, the date and the commit; `notes` are findings in words.  easylm.json names the tests
+of the article's flags and requests; default and help of a flag are those of program/flags.py.
 
 tests/test_documents.py compares documents and rows.
 """
@@ -21,6 +22,7 @@ from absl import app, flags
 from evaluation.accuracy import wilson_interval
 from instruments.bench.report import best_rows
 from mistake import Mistake
+from program import flags as program_flags
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BLOCK = re.compile(r'(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
@@ -44,7 +46,8 @@ def table(head: list[str], rows: list[list]) -> str:
 def origin(figures: dict) -> str:
     """The line below a table: where its figures come from."""
     versions = ', '.join(f'{name} {version}' for name, version in figures['versions'].items())
-    return f'\n`{figures["command"]}`\n{figures["machine"]}; {versions}; {figures["date"]}, commit {figures["commit"]}.\n'
+    return (f'\n`{figures["command"]}`\n'
+            f'{figures["machine"]}; {versions}; {figures["date"]}, commit {figures["commit"]}.\n')
 
 
 def notes(figures: dict) -> str:
@@ -151,6 +154,20 @@ def side(summary: dict) -> str:
     return known + (f' ({summary["ratio"]:.2f})' if summary['ratio'] != 1 else '')
 
 
+def easylm(figures: dict) -> str:
+    """The article's flags, with default and help of program/flags.py, and its requests; and what tests each."""
+    known = {flag.name: flag for flag in program_flags.SERVE + program_flags.TRAIN}
+    rows = []
+    for row in figures['rows']:
+        if 'flag' in row:
+            flag = known[row['flag']]
+            cells = [f'`--{flag.name}`', f'`{flag.default!r}`', flag.help.replace('|', '\\|')]
+        else:
+            cells = [f'`{row["request"]}`', row['easylm'], row['ours']]
+        rows.append([*cells, ', '.join(row['tests'])])
+    return table(['article', 'ours', '', 'tested by'], rows)
+
+
 def summary() -> str:
     """README's three figures of what has a document of its own."""
     best, plan, cpu = best_rows(read('kernels')['rows']), read('plans'), read('cpu_training')
@@ -182,6 +199,7 @@ BLOCKS = {
     'kernels': lambda: kernels(read('kernels')) + origin(read('kernels')),
     'kernels_bound': lambda: bound(read('kernels')) + notes(read('kernels')),
     'plans': lambda: plans(read('plans')) + origin(read('plans')) + notes(read('plans')),
+    'easylm': lambda: easylm(read('easylm')),
     'other_plans': lambda: other_plans(read('plans')),
 }
 
