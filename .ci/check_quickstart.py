@@ -18,8 +18,8 @@ def main(run: pathlib.Path) -> None:
         sys.exit(f'the evaluation is of {report["total"]} reviews, not of all {REVIEWS}')
     if report['correct'] < LEAST * REVIEWS:
         sys.exit(f'{report["correct"]} of {REVIEWS} reviews right is less than {LEAST:.0%}')
-    if steps != list(range(1, STEPS + 1)):
-        sys.exit(f'metrics.jsonl has the steps {steps}, not 1 to {STEPS}')
+    if steps != list(range(STEPS)):
+        sys.exit(f'metrics.jsonl has the steps {steps}, not 0 to {STEPS - 1}')
 
 
 if __name__ == '__main__':
