@@ -26,7 +26,7 @@ class HuggingfaceReader:
                  skip_bad_lines: bool = False, flag: str = 'train_dataset.huggingface_dataset'):
         if not path or not split:
             raise Mistake(f'{flag}: {path=} and {split=} must both be given, for example '
-                             f'--{flag}.path=allenai/c4 --{flag}.split=train')
+                          f'--{flag}.path=allenai/c4 --{flag}.split=train')
         try:
             import datasets
         except ImportError:
@@ -35,8 +35,8 @@ class HuggingfaceReader:
             self._dataset = datasets.load_dataset(path, name or None, split=split, streaming=streaming)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise Mistake(f'{flag}: {path=} {name=} {split=} cannot be loaded: {error}; check the three (name is '
-                             "'' for a set without configurations), and the network unless path is a local directory"
-                             ) from error
+                          "'' for a set without configurations), and the network unless path is a local directory"
+                          ) from error
         self.path, self.processor, self.skip_bad_lines, self.flag = path, processor, skip_bad_lines, flag
         self.skipped_lines, self.problems = 0, []
         self._named = {'path': path, 'name': name, 'split': split}

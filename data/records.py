@@ -27,7 +27,7 @@ class RawLine(NamedTuple):
     problem: str
 
 
-class Line(NamedTuple):
+class ParsedLine(NamedTuple):
     """A line: its bytes [start, end), its index (from 0), and its object or what is wrong (neither: an empty line)."""
 
     start: int
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in `Line`."""
+    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in RawLine."""
 
     tokens: list[int]
     loss_mask: list[float]
@@ -63,11 +63,11 @@ def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterat
             start, index = end, index + 1
 
 
-def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[Line]:
+def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[ParsedLine]:
     """The lines of a file as `raw_lines` gives them, each with its object."""
     for line in raw_lines(path, start, index):
         example, problem = parse(line.text)
-        yield Line(line.start, line.end, line.index, example, line.problem or problem)
+        yield ParsedLine(line.start, line.end, line.index, example, line.problem or problem)
 
 
 class RecordReader:
@@ -124,13 +124,13 @@ class RecordReader:
             size = file.seek(0, 2)
             if start > size:
                 raise Mistake(f'{self.flag}.start_seek_loc={start} is beyond the end of {self.path}, which has '
-                                 f'{size} bytes; give a dataset_file_loc that was logged for this file')
+                              f'{size} bytes; give a dataset_file_loc that was logged for this file')
             file.seek(max(start - 1, 0))
             if start in (0, size) or file.read(1) == b'\n':
                 return
             file.readline()
             raise Mistake(f'{self.flag}.start_seek_loc={start} is in the middle of a line of {self.path}; the next '
-                             f'line begins at byte {file.tell()}')
+                          f'line begins at byte {file.tell()}')
 
     def close(self) -> None:
         """End the tokenizer processes; `records` would start them again."""

@@ -51,7 +51,7 @@ class TextProcessor:
                  add_eos_token: bool = True, base64_token_dtype: str = 'i4'):
         if bool(fields) == bool(fields_from_example):
             raise Mistake(f'{fields=} and {fields_from_example=}: set exactly one of text_processor.fields and '
-                             "text_processor.fields_from_example, for example fields='[prompt],answer'")
+                          "text_processor.fields_from_example, for example fields='[prompt],answer'")
         try:
             self.base64_dtype = np.dtype(base64_token_dtype).newbyteorder('<')
         except TypeError:
@@ -92,7 +92,7 @@ class TextProcessor:
                 raise Mistake(f'{field=} is not base64: {error}') from None
             if len(raw) % self.base64_dtype.itemsize:
                 raise Mistake(f'{field=} holds {len(raw)} bytes, no multiple of base64_token_dtype '
-                                 f'{self.base64_dtype.str}')
+                              f'{self.base64_dtype.str}')
             return self._known(field, np.frombuffer(raw, self.base64_dtype).tolist())
         text = self.subfield_separator.join(_text(example, key) for key in field.split('+'))
         if not masked and not text.strip():

@@ -63,7 +63,7 @@ def load_tokenizer(path) -> Tokenizer:
         path = next((path / name for name in ('tokenizer.json', 'tokenizer.model') if (path / name).is_file()), path)
     if not str(given) or not path.is_file():
         raise Mistake(f'tokenizer.vocab_file={str(given)!r} must name a tokenizer.model (sentencepiece) or '
-                         'tokenizer.json file, or a directory that holds one')
+                      'tokenizer.json file, or a directory that holds one')
     if path.suffix != '.json':
         return _from_sentencepiece(path.read_bytes(), str(path))
     text, named, model_dir = _read_text(path), {}, path.parent
@@ -78,7 +78,7 @@ def load_tokenizer(path) -> Tokenizer:
     for role in ('bos', 'eos'):
         if role not in named:
             raise Mistake(f'tokenizer.vocab_file={str(given)!r}: no file beside {path.name} names the {role} token; '
-                             f'put "{role}_token": "..." into {model_dir / "tokenizer_config.json"}')
+                          f'put "{role}_token": "..." into {model_dir / "tokenizer_config.json"}')
     return tokenizer_from_json(text, named['bos'], named['eos'], named['pad'], source=str(path))
 
 

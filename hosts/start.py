@@ -35,14 +35,14 @@ def start_processes(flags: ConfigDict) -> None:
     given = {name: value for name, value in values.items() if value is not None}
     if given and not wanted:
         raise Mistake(f'jax_distributed.{next(iter(given))} has no effect without '
-                         '--jax_distributed.initialize_jax_distributed=True')
+                      '--jax_distributed.initialize_jax_distributed=True')
     if not wanted or jax.distributed.is_initialized():
         return
     if 'local_device_ids' in given:
         ids = given['local_device_ids'].split(',')
         if not all(number.strip().isdecimal() for number in ids):
             raise Mistake(f'jax_distributed.local_device_ids={given["local_device_ids"]!r} must be numbers with '
-                             "commas between: '0,1,2'")
+                          "commas between: '0,1,2'")
         given['local_device_ids'] = [int(number) for number in ids]
     if given.keys() >= {'coordinator_address', 'num_processes', 'process_id'}:
         meet(given['coordinator_address'], given['num_processes'], given['process_id'], MEETING_SECONDS)
@@ -52,8 +52,8 @@ def start_processes(flags: ConfigDict) -> None:
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise Mistake(f'jax_distributed: {error} (outside TPU pods, GKE, Slurm and Open MPI give '
-                         '--jax_distributed.coordinator_address, --jax_distributed.num_processes and '
-                         '--jax_distributed.process_id)') from None
+                      '--jax_distributed.coordinator_address, --jax_distributed.num_processes and '
+                      '--jax_distributed.process_id)') from None
     if processes.count() == 1:
         return
     threading.Thread(target=_end_with_the_others, daemon=True).start()
@@ -75,7 +75,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> None:
         raise Mistake(f'jax_distributed.coordinator_address={address!r} must be HOST:PORT of process 0')
     if not 0 <= index < count:
         raise Mistake(f'jax_distributed.process_id={index} must be from 0 to num_processes-1: '
-                         f'jax_distributed.num_processes={count}')
+                      f'jax_distributed.num_processes={count}')
     if count == 1:
         return
     error = _call_the_roll(int(port), count, seconds) if index == 0 else \
@@ -161,7 +161,7 @@ def refuse_other_flags(flags: ConfigDict) -> None:
         for name in sorted(own):
             if other.get(name) != theirs[0].get(name):
                 raise Mistake(f'{name} is {theirs[0].get(name)} on process 0 and {other.get(name)} on process '
-                                 f'{process}: start all processes with the same flags')
+                              f'{process}: start all processes with the same flags')
 
 
 def _flat(values: dict, prefix: str = '') -> dict:

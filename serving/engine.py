@@ -60,7 +60,7 @@ class Generation(NamedTuple):
     truncated: bool
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """What stays the same of a batch while it is decoded; [B] each.  real: not a dummy row."""
 
     lengths_B: np.ndarray
@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
 
 @pytree
-class State:
+class Decoding:
     """A batch in decoding.  output_BW holds the `step` tokens chosen; token_B, the last, is not yet in the cache."""
 
     cache: Cache
@@ -165,7 +165,7 @@ class Engine:
         check_batch_size(batch_size, mesh)
         if tokenizer.vocab_size > config.vocab_size:
             raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
-                             'they do not belong together (--tokenizer.vocab_file)')
+                          'they do not belong together (--tokenizer.vocab_file)')
         # the network casts each weight to the compute dtype before use anyway: doing it once saves memory and reading
         self._params = jax.tree.map(lambda x: x.astype(DTYPES[compute.dtype]), params)
         self.config, self.compute, self.tokenizer, self.mesh = config, compute, tokenizer, mesh
@@ -370,7 +370,7 @@ class Engine:
             raise FloatingPointError('logits are not finite: the weights may be damaged')
         return np.asarray(state.output_BW)[:len(prompts), :int(state.step)].tolist()
 
-    def _stop(self, state: State, count: int, stopped: Callable[[int, list[int]], bool]) -> State:
+    def _stop(self, state: Decoding, count: int, stopped: Callable[[int, list[int]], bool]) -> Decoding:
         """The state in which the rows that `stopped` answers yes for have finished."""
         output_BW, finished_B = np.asarray(state.output_BW)[:, :int(state.step)], np.array(state.finished_B)
         for row in range(count):
@@ -386,10 +386,11 @@ class Engine:
             raise FloatingPointError('logits are not finite: the weights may be damaged')
         return output_BW[:len(prompts), :int(step)].tolist()
 
-    def _prompts(self, prompts: list[list[int]], requests: list[int], temperature: float) -> tuple[np.ndarray, Rows]:
+    def _prompts(self, prompts: list[list[int]], requests: list[int],
+                 temperature: float) -> tuple[np.ndarray, BatchRows]:
         """(tokens_BT padded to a bucket, what stays the same of the batch)."""
         tokens_BT = self._padded(prompts, bucket(max(map(len, prompts)), self.input_length, SMALLEST_PROMPT))
-        return tokens_BT, Rows(
+        return tokens_BT, BatchRows(
             self._column([len(prompt) for prompt in prompts], np.int32, dummy=1),
             self._column([request % 2**32 for request in requests], np.uint32),
             self._column([temperature] * len(prompts), np.float32), self._column([True] * len(prompts), bool))
@@ -419,7 +420,7 @@ class Engine:
 
     # ------------------------------------------------------------ the programs, inside shard_map
 
-    def _prefill(self, params, tokens_BT, rows: Rows) -> State:
+    def _prefill(self, params, tokens_BT, rows: BatchRows) -> Decoding:
         B, T = tokens_BT.shape
         cache = init_cache(self.config, B, T, DTYPES[self.compute.dtype], lax.axis_size('mp'))
         # padding stands after a row's last token, where causality hides it from every token that matters
@@ -427,10 +428,11 @@ class Engine:
                                      cache=cache)
         h_B1M = jnp.take_along_axis(h_BTM, rows.lengths_B[:, None, None] - 1, axis=1)
         output_BW = jnp.zeros((B, self.max_new_tokens), jnp.int32)
-        state = State(cache, output_BW[:, 0], output_BW, ~rows.real_B, jnp.ones(B, bool), jnp.int32(0), jnp.bool_(True))
+        state = Decoding(cache, output_BW[:, 0], output_BW, ~rows.real_B, jnp.ones(B, bool), jnp.int32(0),
+                         jnp.bool_(True))
         return self._choose(params, state, h_B1M, rows)
 
-    def _decode(self, params, state: State, rows: Rows, limit) -> State:
+    def _decode(self, params, state: Decoding, rows: BatchRows, limit) -> Decoding:
         def step(state):
             positions_B1 = (rows.lengths_B + state.step - 1)[:, None]
             h_B1M, cache = hidden_states(params, state.token_B[:, None], jnp.ones_like(positions_B1), self.config,
@@ -439,7 +441,7 @@ class Engine:
 
         return lax.while_loop(lambda state: state.running & (state.step < limit), step, state)
 
-    def _choose(self, params, state: State, h_B1M, rows: Rows) -> State:
+    def _choose(self, params, state: Decoding, h_B1M, rows: BatchRows) -> Decoding:
         """Chooses token number `step` of every row.  Every mp device sees all logits, so all of them choose alike."""
         logits_BV, finite_B = self._next_logits(params, h_B1M)
         keys_B = row_keys(self.seed, rows.requests_B, rows.lengths_B + state.step)
@@ -448,8 +450,9 @@ class Engine:
         finished_B = state.finished_B | (token_B == self.tokenizer.eos_token_id)
         # the devices of one loop must leave it together: their layers exchange data
         running = lax.pmax(~finished_B.all(), ('dp', 'fsdp'))
-        return State(state.cache, token_B, lax.dynamic_update_slice(state.output_BW, token_B[:, None], (0, state.step)),
-                     finished_B, state.finite_B & (finite_B | state.finished_B), state.step + 1, running)
+        output_BW = lax.dynamic_update_slice(state.output_BW, token_B[:, None], (0, state.step))
+        return Decoding(state.cache, token_B, output_BW, finished_B, state.finite_B & (finite_B | state.finished_B),
+                        state.step + 1, running)
 
     def _next_logits(self, params, h_B1M):
         """(logits_BV of the next token on every mp device, whether they are finite)."""
@@ -458,7 +461,7 @@ class Engine:
         meant_V = jnp.arange(logits_BV.shape[-1]) < self.tokenizer.vocab_size
         return jnp.where(meant_V, logits_BV, -jnp.inf), jnp.isfinite(logits_BV).all(axis=-1)
 
-    def _beams(self, params, tokens_BT, rows: Rows, limit):
+    def _beams(self, params, tokens_BT, rows: BatchRows, limit):
         """(output_BW, finite_B, step) of a beam search of `limit` tokens.  Each prompt has E rows of the cache."""
         (B, T), E = tokens_BT.shape, self.num_beams
         length = bucket(T + self.max_new_tokens, self.seq_length, SMALLEST_CACHE)
@@ -490,7 +493,7 @@ class Engine:
                                                 choose_next(search, cache, jnp.ones(B, bool), h_R1M))
         return beams.best(search), finite_B, search.step
 
-    def _grow(self, state: State, length: int) -> State:
+    def _grow(self, state: Decoding, length: int) -> Decoding:
         return dataclasses.replace(state, cache=longer(state.cache, length))
 
     def _score(self, params, tokens_BT, positions_BP, targets_BP):
@@ -521,7 +524,7 @@ class Engine:
         they come.
         """
         B, shape = self.batch_size, jax.ShapeDtypeStruct
-        rows = Rows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
+        rows = BatchRows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
         answers = {'generate', 'chat'} & set(programs)
         if answers and self.num_beams > 1:
             for length in self._buckets(self.input_length):
@@ -576,9 +579,9 @@ class Engine:
     def _definition(self, name: str, static: int | None):
         """(function, in_specs, out_specs, donated arguments) of a program."""
         params, everywhere = partitions(self.config), PartitionSpec()
-        rows = Rows(BATCH, BATCH, BATCH, BATCH)
+        rows = BatchRows(BATCH, BATCH, BATCH, BATCH)
         slots = PartitionSpec(None, BATCH[0], None, 'mp')
-        state = State(Cache(slots, slots), BATCH, BATCH, BATCH, BATCH, everywhere, everywhere)
+        state = Decoding(Cache(slots, slots), BATCH, BATCH, BATCH, BATCH, everywhere, everywhere)
         return {
             'prefill': (self._prefill, (params, BATCH, rows), state, ()),
             'grow': (lambda state: self._grow(state, static), (state,), state, ()),
@@ -593,10 +596,10 @@ def check_lengths(input_length: int, seq_length: int, config: LlamaConfig) -> No
     """Raises Mistake naming the flags: 2 <= input_length < seq_length <= max_sequence_length."""
     if not 2 <= input_length < seq_length:
         raise Mistake(f'{input_length=} must be at least 2 and less than {seq_length=}: their difference is the '
-                         'number of new tokens (--input_length, --seq_length)')
+                      'number of new tokens (--input_length, --seq_length)')
     if seq_length > config.max_sequence_length:
         raise Mistake(f'{seq_length=} is more than the model was made for, {config.max_sequence_length=}: '
-                         'lower --seq_length (and --input_length)')
+                      'lower --seq_length (and --input_length)')
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -604,7 +607,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     replicas = mesh.shape['dp'] * mesh.shape['fsdp']
     if batch_size < 1 or batch_size % replicas:
         raise Mistake(f'{batch_size=} must be a multiple of dp*fsdp={replicas}, over which its rows are split: '
-                         'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
+                      'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
 
 
 def check_sampling(top_k: int, top_p: float, do_sample: bool = True, num_beams: int = 1) -> None:
@@ -617,4 +620,4 @@ def check_sampling(top_k: int, top_p: float, do_sample: bool = True, num_beams: 
         raise Mistake(f'{num_beams=} must be at least 1; 1 is no beam search (--num_beams)')
     if num_beams > 1 and do_sample:
         raise Mistake(f'{num_beams=} searches and does not draw, but {do_sample=}: add --do_sample=False, or leave '
-                         '--num_beams out')
+                      '--num_beams out')

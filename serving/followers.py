@@ -28,7 +28,7 @@ MEET_SECONDS = 600  # a follower can be behind by a program it must compile, and
 ASK_SECONDS = 30  # for one question to the store, which is asked again
 
 
-class Line:
+class CallLine:
     """From process 0 to the others: one call after the other, and at last that there are no more."""
 
     def __init__(self):
@@ -96,7 +96,7 @@ class Line:
             return None
 
 
-def follow(engine: Engine, warm_up: tuple[str, ...], line: Line) -> None:
+def follow(engine: Engine, warm_up: tuple[str, ...], line: CallLine) -> None:
     """What every process but 0 does: compiles the programs of `warm_up`, then makes the calls of process 0 to the end.
 
     From here on SIGTERM and Ctrl-C mean nothing to this process: process 0 needs it for the requests in line.

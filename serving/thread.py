@@ -4,7 +4,7 @@ import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from serving.engine import PROGRAMS, RequestError
-from serving.followers import Line
+from serving.followers import CallLine
 
 
 class QueueFull(Exception):
@@ -23,7 +23,7 @@ class EngineThread:
     (`failure`).  line: where other processes hear of each call before it is made.
     """
 
-    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS, line: Line | None = None):
+    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS, line: CallLine | None = None):
         self.failure: BaseException | None = None
         self._engine, self._line = engine, line
         self._closing = False
