@@ -32,22 +32,7 @@ A turn of the loop scores the following block while it weights the present one: 
 matrix products fill the other's latencies.  Values past the length are zeroed in VMEM, for 0 · NaN is NaN; that also
 makes a row of length 0 zeros: its hidden scores are all equal, so that l is positive.
 
-Ladder (static model, tpu/static_cost.py: the compiler's schedule, not a measurement; ms on v5e / v6e; block x buffers)
-                                                                    d1                d2 (lengths 64..2048)
-  the bytes of the filled K and V at HBM's bandwidth                0.656 / 0.327     0.326 / 0.163
-  jax's ragged_paged_attention, page 128, 4 pages a block           0.662 / 0.608     0.409 / 0.375
-  v1 score, softmax, weight in turn; 512 x 3                        0.660 / 0.332     0.335 / 0.181
-     v1 256 x 8 (a turn's latency binds), 1024 x 2 (two buffers)                            / 0.217, / 0.213
-  v2 the next block scored meanwhile, q̂ made a sequence ahead; 512 x 4  0.661 / 0.332  0.335 / 0.172
-  v3 256 x 8: less code, more in flight                             0.660 / 0.332     0.334 / 0.169
-     v3 in pages of 128                                             0.660 / 0.332     0.334 / 0.169
-     v3 with two programs (the default, for v4 and v5p)             0.662 / 0.333     0.336 / 0.171
-  Default tiles, lengths as d2: OpenLLaMA 3B (H32 K32 D100) 1.035 / 0.520, bound 1.019 / 0.509.  SmolLM2 (H9 K3 D64)
-  0.087 / 0.064, bound 0.061 / 0.031: 192 lanes lie in 256, and on v6e a sequence's start and end bind.
-  The chip v4: d1 0.443 (bound 0.437); v5p: 0.198 (0.194); one program, on one of their two cores, takes twice that.
-  v4 int8 cache (bfloat16 in VMEM, factors on s and p), 512 x 8   0.346 / 0.192     0.179 / 0.127
-     its bytes at HBM's bandwidth                                   0.339 / 0.169     0.170 / 0.085
-     On v6e a turn takes longer than its DMA: the matrix units take the block in for 0.7 of it, latency is the rest.
+docs/KERNELS_LADDER.md has the versions that were tried and their times.
 An infinity among the keys makes all heads of its row NaN, not only its own.  Definition: kernels/reference.py.
 """
 import dataclasses
