@@ -32,7 +32,7 @@ from mistake import Mistake
 from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
 from model.llama import DTYPES, Llama, hidden_states, partitions
-from model.loss import logits, token_cross_entropy
+from model.loss import is_likeliest, logits, token_cross_entropy
 from model.partition import BATCH, all_gather, pytree
 from serving import beams
 from serving.sampling import choose, row_keys
@@ -260,7 +260,8 @@ class Engine:
         answers = self._score_pairs(pairs, progress)
         for index, token in firsts.items():
             first_V, (score, greedy) = self._first_token(), answers[index]
-            answers[index] = score + float(first_V[token]), bool(greedy and first_V[token] == first_V.max())
+            likeliest = first_V[token] == first_V[:self.tokenizer.vocab_size].max()
+            answers[index] = score + float(first_V[token]), bool(greedy and likeliest)
         return answers
 
     def loglikelihood_rolling(self, texts: list[str]) -> list[tuple[float, bool]]:
@@ -500,7 +501,10 @@ class Engine:
         """(nll_BP float32, correct_BP bool) of targets_BP as the tokens after positions_BP."""
         h_BTM, _ = hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), self.config, self.compute)
         h_BPM = jnp.take_along_axis(h_BTM, positions_BP[..., None], axis=1)
-        return token_cross_entropy(params, h_BPM, targets_BP, self.compute)
+        nll_BP, correct_BP = token_cross_entropy(params, h_BPM, targets_BP, self.compute)
+        if self.tokenizer.vocab_size < self.config.vocab_size:  # as in _next_logits: greedy decoding takes no such id
+            correct_BP = is_likeliest(params, h_BPM, targets_BP, self.tokenizer.vocab_size)
+        return nll_BP, correct_BP
 
     def _first(self, params):
         """log p [V] of the token after a padding token that sees bos alone.

@@ -338,6 +338,27 @@ def test_a_growing_cache_changes_no_answer_and_unknown_ids_are_never_chosen(make
     assert {len(ids) for ids in expected} == {32} and max(map(max, expected)) < 600
 
 
+@pytest.mark.parametrize('mesh_dim, chunk', [('1,1,1', loss.CHUNK_ELEMENTS), ('1,1,2', 2500)])
+def test_greedy_answers_are_greedy_where_the_vocabulary_is_padded(make, tokenizer, monkeypatch, mesh_dim, chunk):
+    """`is_greedy` is true of what greedy decoding gives with 600 of 640 ids, though the model likes 601, 605 and 607,
+    and false where the last id is another; of a text's first token too it compares the 600.  With the head whole, and
+    over two devices in chunks.
+    """
+    few = copy.copy(tokenizer)
+    few.vocab_size, few.eos_token_id = 600, 3
+    monkeypatch.setattr(loss, 'CHUNK_ELEMENTS', chunk)
+    engine = make(mesh_dim, tokenizer=few)
+    before, answers = [[few.bos_token_id, *few.encode(prompt)] for prompt in PROMPTS], tokens(engine, 0.0)
+    others = [[*ids[:-1], (ids[-1] + 1) % 600] for ids in answers]
+    for texts, expected in ((answers, True), (others, False)):
+        scores = engine._score_pairs(list(zip(before, texts, strict=True)))
+        assert [is_greedy for _, is_greedy in scores] == [expected] * len(PROMPTS)
+    token, = few.encode('a')
+    engine._first_V = np.where(np.arange(640) < 600, -9.0, -1.0)
+    engine._first_V[token] = -2.0
+    assert engine.loglikelihood([''], ['a']) == [(-2.0, True)]
+
+
 def test_sampling_repeats_from_the_start_and_not_from_request_to_request(engine):
     """The same prompts give the same answers again, in one request or in two; the same prompt twice gives two."""
     first = tokens(engine, 1.0, ['a'] * 4)
