@@ -30,7 +30,7 @@ from mistake import Mistake
 from program import flags
 from program.model import Model, describe, open_model
 from serving.api import MAX_TEMPERATURE, Options, make_app
-from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
+from serving.engine import PROGRAMS, Engine, check_batch_size, check_beams, check_lengths
 from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
@@ -39,7 +39,7 @@ from serving.thread import EngineThread
 def main(config) -> None:
     warm_up = programs_of(config.lm_server.pre_compile)
     options = options_of(config.lm_server)
-    check_sampling(config.top_k, config.top_p, config.do_sample, config.num_beams)
+    check_beams(config.do_sample, config.num_beams)
     start_processes(config)
     if processes.index() > 0:
         return follow(load_engine(config, open_model(config)), warm_up, CallLine())

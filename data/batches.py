@@ -53,17 +53,19 @@ class Throughput:
         self._recent = deque(maxlen=window + 1)  # (time, tokens until then), the oldest begins the window
 
     def start(self) -> None:
+        """Start the clock, unless it runs."""
         if self._began is None:
             self._began = perf_counter()
             self._recent.append((self._began, 0))
 
     def add(self, tokens: int) -> None:
+        """Count a batch that is handed out now."""
         self._tokens, self._batches = self._tokens + tokens, self._batches + 1
         self._recent.append((perf_counter(), self._tokens))
 
     @property
     def metrics(self) -> dict:
-        """dataset_accumulated_tps: since the start; dataset_average_tps: over the window."""
+        """Return dataset_accumulated_tps (since the start) and dataset_average_tps (over the window)."""
         if self._batches < 2:
             return {}
         (first, before), (last, tokens) = self._recent[0], self._recent[-1]

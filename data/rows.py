@@ -64,16 +64,17 @@ class RowBatches:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Number of batches in which every record comes once."""
         return -(-len(self.tokens) // self.batch_size)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Every (T, P) a batch can have."""
+        """List every (T, P) a batch can have."""
         return [(int(edge), width) for edge, width in zip(self.edges, self._widths, strict=True) if width]
 
     @property
     def fill(self) -> float:
-        """Tokens over padded tokens, in epoch 0: what is left after the waste of padding."""
+        """The share of positions that hold tokens, in epoch 0; the rest is padding."""
         padded = sum(self.batch_size * self._length(rows) for rows in self._epoch_plan(0))
         return sum(len(tokens) - 1 for tokens in self.tokens) / padded
 
@@ -135,7 +136,7 @@ class RowBatches:
                                loss_mask=record.loss_mask[:keep] + record.loss_mask[keep + extra:])
 
     def _target_widths(self) -> list[int]:
-        """P of each bucket: the most targets of a row that fits it, up to a power of two, at most T; 0: no row."""
+        """Return P of each bucket: most targets of a row that fits it, up to a power of two, at most T; 0: no row."""
         counts, buckets, widths = np.array([len(p) for p in self.positions]), self._buckets(), []
         for number, edge in enumerate(self.edges):
             most = int(counts[buckets <= number].max(initial=1))
@@ -149,7 +150,7 @@ class RowBatches:
         return int(self.edges[np.searchsorted(self.edges, max(len(self.tokens[row]) for row in rows) - 1)])
 
     def _epoch_plan(self, epoch: int) -> list[list[int]]:
-        """The rows of every batch of an epoch."""
+        """List the rows of every batch of an epoch."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.tokens)) if self.shuffle else np.arange(len(self.tokens))
         buckets, batches, rest = self._buckets()[order], [], []

@@ -21,7 +21,7 @@ from mistake import Mistake
 
 
 def parse(line: bytes) -> tuple[dict | None, str]:
-    """(the JSON object of a line, ''), or (None, what is wrong; '' for an empty line)."""
+    """Parse a line: (its JSON object, ''), or (None, what is wrong; '' for an empty line)."""
     if not line.strip():
         return None, ''
     try:
@@ -38,12 +38,11 @@ def parse(line: bytes) -> tuple[dict | None, str]:
 
 
 class TextProcessor:
-    """(example) -> (token ids, loss mask), as the `fields` language says.
+    """Turns an example into (token ids, loss mask), as the `fields` language says.
 
     `fields_from_example` names a key of the example that holds the fields string instead.  `prepend_text` goes before
     the first field, if that is text.  bos gets mask 0, eos mask 1.  Raises Mistake for settings that make no sense
-    and, when called, for an example that does not fit them; the text names the field, not the line: the caller knows
-    the line.
+    and, when called, for an example that does not fit them, naming the field; the caller adds the line.
     """
 
     def __init__(self, tokenizer: Tokenizer, fields: str = '', fields_from_example: str = '',
@@ -126,7 +125,7 @@ def _text(example: dict, key: str) -> str:
 
 
 def tokenize(processor: TextProcessor, line: bytes) -> tuple[list[int] | None, list[float] | None, str]:
-    """(token ids, loss mask, '') of a line; (None, None, what is wrong), '' for an empty line."""
+    """Tokenize a line: (token ids, loss mask, ''), or (None, None, what is wrong; '' for an empty line)."""
     example, problem = parse(line)
     if example is None:
         return None, None, problem

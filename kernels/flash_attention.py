@@ -167,7 +167,7 @@ def fill_tail(plan: Plan, block, *fills) -> None:
 
 
 def segment_ids(ids):
-    """(of queries, of keys): functions (start, size) -> ids [1, size] and [size, 1]; None where there are no segments.
+    """Make two functions (start, size) -> ids: [1, size] of queries, [size, 1] of keys; None without segments.
 
     ids: references of the query's and the key's block, or nothing.
     """
@@ -458,12 +458,12 @@ def flash_attention(q_BTHD: Array, k_BSKD: Array, v_BSKD: Array, segments_BT: Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _vjp(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret):
-    """flash_attention after its checks."""
+    """Run flash_attention, after its checks."""
     return _forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret)[0]
 
 
 def _forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret):
-    """(o_BTHD, what `_backward` needs): transposes, scales q and calls the forward kernel."""
+    """Transpose, scale q and call the forward kernel: (o_BTHD, what `_backward` needs)."""
     B, T, H, D = q_BTHD.shape
     plan = make_plan(backward=False, B=B, T=T, H=H, K=k_BSKD.shape[2], D=D, dtype=q_BTHD.dtype, causal=causal,
                      segments=segments_BT is not None, tiles=tiles, interpret=interpret)
@@ -481,7 +481,7 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpre
 
 
 def _backward(scale, causal, tiles, interpret, saved, do_BTHD):
-    """(dq_BTHD of the q before scaling, dk_BSKD, dv_BSKD, None for the segments)."""
+    """Call the backward kernel: (dq_BTHD of the q before scaling, dk_BSKD, dv_BSKD, None for the segments)."""
     q_BHTD, k_BKSD, v_BKSD, o_BHTD, lse_BH1T, segments_BT = saved
     B, H, T, D = q_BHTD.shape
     plan = make_plan(backward=True, B=B, T=T, H=H, K=k_BKSD.shape[1], D=D, dtype=q_BHTD.dtype, causal=causal,

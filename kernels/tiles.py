@@ -1,4 +1,4 @@
-"""How the flash attention kernels cut their work: tiles, what follows from them, and the VMEM they take.
+"""Plan how the flash attention kernels cut their work: tiles, what follows from them, and the VMEM they take.
 
 Letters: kernels/flash_attention.py, which reads this.  Tuned tiles: kernels/tuned.py.
 """
@@ -18,7 +18,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Say how a kernel cuts its work: this decides speed and memory; results differ by the order of additions only."""
+    """Holds how a kernel cuts its work: it decides speed and memory; results differ by the order of additions only."""
     heads: int  # query heads of a grid step: a divisor of H / K or a multiple of it
     block: int  # longest side of a square of scores, in tokens; a shorter row is one square
     strip: int  # queries (backward: keys) of one item of the pipelined program
@@ -36,7 +36,7 @@ class Tiles:
 
 
 class FlashTiles(NamedTuple):
-    """The tiles of both kernels."""
+    """Holds the tiles of both kernels."""
     forward: Tiles
     backward: Tiles
 
@@ -92,7 +92,7 @@ class Plan:
         return [(a, min(self.tiles.strip, self.R - a)) for a in range(0, self.R, self.tiles.strip)]
 
     def kv_head(self, head: int) -> int:
-        """The key/value head, within a grid step, that query head `head` of the step reads."""
+        """Return the key/value head that query head `head` reads, both counted within a grid step."""
         return head * self.kv_heads // self.tiles.heads
 
 
