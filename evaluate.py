@@ -32,7 +32,7 @@ from evaluation.client import Server
 from hosts import processes
 from hosts.start import failing_together
 from mistake import Mistake
-from program import flags
+from program import flags, parse
 from program.model import describe, open_model
 from serving.engine import Engine
 
@@ -243,4 +243,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.EVALUATE)
+    parse.run(main, flags.EVALUATE)

@@ -36,7 +36,7 @@ from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import make_mesh
-from program import flags
+from program import flags, parse
 from serving.engine import Engine, Rows, check_batch_size, check_lengths
 from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
@@ -89,7 +89,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     """The sizes and how they are computed; --update_llama_config may state both, as in train.py."""
     if not config.load_llama_config:
         raise Mistake('load_llama_config is empty: name the model to plan for, for example --load_llama_config=3b')
-    update = flags.literals('update_llama_config', config.update_llama_config)
+    update = parse.literals('update_llama_config', config.update_llama_config)
     remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     for policy in filter(None, remat.values()):
         llama.remat_policy(policy)  # raises for one that is not known
@@ -297,4 +297,4 @@ def command(config, plan: Plan) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.PLAN)
+    parse.run(main, flags.PLAN)

@@ -27,7 +27,7 @@ from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from program import flags
+from program import flags, parse
 from program.model import Model, describe, open_model
 from serving.api import MAX_TEMPERATURE, Options, make_app
 from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
@@ -171,4 +171,4 @@ def load_engine(config, model: Model) -> Engine:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.SERVE)
+    parse.run(main, flags.SERVE)

@@ -26,7 +26,7 @@ from instruments.planning.plan import Setting
 from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy
-from program import flags
+from program import flags, parse
 from program import model as wiring
 from training import loop, step
 from training.metrics import MetricsWriter
@@ -117,7 +117,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     else:
         own = load.read_config(config.load_checkpoint) if config.load_checkpoint and not changed else None
         stated = own or LlamaConfig(**sizes)
-    update = flags.literals('update_llama_config', config.update_llama_config)
+    update = parse.literals('update_llama_config', config.update_llama_config)
     for name in sorted(set(update) & set(only)):
         if update.pop(name) != only[name].default:
             raise Mistake(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
@@ -397,4 +397,4 @@ def serving_flags(config, output_dir: pathlib.Path) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.TRAIN)
+    parse.run(main, flags.TRAIN)

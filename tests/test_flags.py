@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from program import flags
+from program import flags, parse
 from program.flags import Flag
 
 TABLE = (Flag('a.rate', 0.5, 'a number'), Flag('a.steps', 3, 'a count'), Flag('kind', 'x', 'a choice', ('x', 'y')),
@@ -13,8 +13,8 @@ TABLES = {'fetch.py': flags.ASSETS, 'prepare_data.py': flags.PREPARE, 'train.py'
           'evaluate.py': flags.EVALUATE, 'convert.py': flags.CONVERT, 'plan.py': flags.PLAN}
 
 
-def parse(*arguments):
-    return flags.parse(['program.py', *arguments], TABLE, 'What it does.')
+def read(*arguments):
+    return parse.parse(['program.py', *arguments], TABLE, 'What it does.')
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def recipe(tmp_path):
 
 
 def test_names_with_dots_nest_and_defaults_stay():
-    config = parse('--a.rate=1e-3', '--on=True')
+    config = read('--a.rate=1e-3', '--on=True')
     assert (config.a.rate, config.a.steps, config.kind, config.on, config.maybe) == (1e-3, 3, 'x', True, None)
 
 
 def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default(recipe):
-    config = parse(recipe("{'a.rate': 2.0, 'a.steps': 7}"), '--a.steps=9')
+    config = read(recipe("{'a.rate': 2.0, 'a.steps': 7}"), '--a.steps=9')
     assert (config.a.rate, config.a.steps, config.kind) == (2.0, 9, 'x')
 
 
@@ -44,7 +44,7 @@ def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default(recipe):
 ])
 def test_wrong_flags_are_refused_by_name(argument, says):
     with pytest.raises(ValueError, match=says):
-        parse(argument)
+        read(argument)
 
 
 @pytest.mark.parametrize('value', ['gs://bucket/x', 'params::gs://bucket/x'])
@@ -52,8 +52,8 @@ def test_cloud_storage_is_answered_with_the_command_that_copies_it(value):
     """Whatever flag names it, alone or behind a type; a text that only mentions such an address is none."""
     table = (Flag('where', '', 'a path'),)
     with pytest.raises(ValueError, match=r'where=.*gcloud storage cp -r gs://bucket/x'):
-        flags.parse(['program.py', f'--where={value}'], table, '')
-    assert flags.parse(['program.py', f'--where=see {value[-11:]}'], table, '').where
+        parse.parse(['program.py', f'--where={value}'], table, '')
+    assert parse.parse(['program.py', f'--where=see {value[-11:]}'], table, '').where
 
 
 @pytest.mark.parametrize('values, says', [
@@ -62,18 +62,18 @@ def test_cloud_storage_is_answered_with_the_command_that_copies_it(value):
 ])
 def test_a_recipe_with_an_unknown_key_or_wrong_type_is_refused(recipe, values, says):
     with pytest.raises(ValueError, match=says):
-        parse(recipe(values))
+        read(recipe(values))
 
 
 def test_unknown_attribute_of_the_config_is_an_error():
     with pytest.raises((AttributeError, KeyError)):
-        parse().a.stepz = 3
+        read().a.stepz = 3
 
 
 @pytest.mark.parametrize('program', TABLES)
 def test_help_names_every_flag_with_default_and_text(program, capsys):
     with pytest.raises(SystemExit) as exit:
-        flags.parse([program, '--help'], TABLES[program], 'What it does.')
+        parse.parse([program, '--help'], TABLES[program], 'What it does.')
     text = capsys.readouterr().out
     assert exit.value.code == 0 and text.startswith('What it does.')
     for flag in TABLES[program]:
@@ -88,5 +88,5 @@ def test_no_flag_stands_twice_in_a_table(program):
 
 @pytest.mark.parametrize('recipe', sorted(path.name for path in (ROOT / 'configs').glob('[a-z]*.py')))
 def test_every_recipe_fits_train_py(recipe):
-    config = flags.parse(['train.py', f'--config={ROOT / "configs" / recipe}'], flags.TRAIN, '')
+    config = parse.parse(['train.py', f'--config={ROOT / "configs" / recipe}'], flags.TRAIN, '')
     assert config.train_dataset.text_processor.fields
