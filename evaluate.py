@@ -90,9 +90,6 @@ def output_directory(config) -> Path:
     """Where to write; also refuses flags that cannot go together, before any work."""
     if bool(config.url) == bool(config.load_checkpoint):
         raise Mistake(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
-    for name, least in (('samples', 0), ('sample_tokens', 1), ('max_new_tokens', 1), ('batch_size', 1)):
-        if config[name] < least:
-            raise Mistake(f'{name}={config[name]} must be at least {least}')
     output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
     if (output / 'evaluation.json').exists():
         raise Mistake(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')

@@ -98,11 +98,6 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
 
 
 def check_flags(config, sizes: LlamaConfig) -> None:
-    if config.optimizer.accumulate_gradient_steps < 1:
-        raise Mistake(f'{config.optimizer.accumulate_gradient_steps=} must be at least 1')
-    for name in ('batch_size', 'seq_length'):
-        if config[name] < 1:
-            raise Mistake(f'{name}={config[name]} must be at least 1')
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)
 
@@ -286,7 +281,7 @@ def command(config, plan: Plan) -> str:
                                                                              flags.TRAIN)
     length = 'seq_length' if config.serve else 'train_dataset.json_dataset.seq_length'
     known = {flag.name: flag.default for flag in table}
-    values = {flag.name: functools.reduce(lambda node, part: node[part], flag.name.split('.'), config)
+    values = {flag.name: parse.value_of(config, flag.name)
               for flag in flags.PLAN if flag.name in known and flag.name not in ('seq_length', 'batch_size')}
     values |= {'mesh_dim': plan.mesh_dim, size: plan.batch_size, length: config.seq_length}
     if config.serve:

@@ -158,8 +158,6 @@ def wandb_options(config, output_dir: pathlib.Path) -> dict:
 
 def read_hyperparameters(options, total_steps: int) -> Hyperparameters:
     """The optimizer's hyperparameters; lr_decay_steps=0 means the number of optimizer steps of this run."""
-    if options.accumulate_gradient_steps < 1:
-        raise Mistake(f'optimizer.accumulate_gradient_steps={options.accumulate_gradient_steps} must be at least 1')
     if options.type == 'palm':
         return Palm(**options.palm_optimizer.to_dict())
     hyper = options.adamw_optimizer.to_dict()

@@ -87,10 +87,6 @@ class RecordReader:
                  batch_size: int = 1024):
         if not os.path.isfile(path):
             raise Mistake(f'{flag}.path={str(path)!r} is no file; it must name a file with one JSON object a line')
-        for name, value in (('processes', processes), ('parallel_chunk_size', chunk_size),
-                            ('parallel_batch_size', batch_size)):
-            if value < 1:
-                raise Mistake(f'{flag}.tokenizer_{name}={value} must be at least 1')
         self.path, self.processor, self.skip_bad_lines, self.flag = str(path), processor, skip_bad_lines, flag
         self.skipped_lines, self.problems = 0, []
         self._processes, self._chunk_size, self._batch_size = processes, chunk_size, batch_size

@@ -126,7 +126,7 @@ def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path)
     (OPTIMIZER + 'lr=0', 'optimizer.adamw_optimizer.lr=0.0 must be above 0'),
     (OPTIMIZER + 'lr_warmup_steps=200000000', 'must exceed lr_warmup_steps'),
     ('--total_steps=0', 'total_steps=0 needs'),
-    (OPTIMIZER + 'learning_rate=1', "Unknown command line flag 'optimizer.adamw_optimizer.learning_rate'"),
+    (OPTIMIZER + 'learning_rate=1', "unknown flag --optimizer.adamw_optimizer.learning_rate: did you mean --opt"),
     ('--config=configs/none.py', "config='configs/none.py' does not exist"),
     ('--load_llama_config=json::/no/such.json', "load_llama_config='json::/no/such.json' cannot be read: No such file"),
 ])
