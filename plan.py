@@ -36,8 +36,8 @@ from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import make_mesh
-from program import flags
-from serving.engine import Engine, Rows, check_batch_size, check_lengths
+from program import flags, parse
+from serving.engine import BatchRows, Engine, check_batch_size, check_lengths
 from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
 
@@ -89,7 +89,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     """The sizes and how they are computed; --update_llama_config may state both, as in train.py."""
     if not config.load_llama_config:
         raise Mistake('load_llama_config is empty: name the model to plan for, for example --load_llama_config=3b')
-    update = flags.literals('update_llama_config', config.update_llama_config)
+    update = parse.literals('update_llama_config', config.update_llama_config)
     remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     for policy in filter(None, remat.values()):
         llama.remat_policy(policy)  # raises for one that is not known
@@ -98,11 +98,6 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
 
 
 def check_flags(config, sizes: LlamaConfig) -> None:
-    if config.optimizer.accumulate_gradient_steps < 1:
-        raise Mistake(f'{config.optimizer.accumulate_gradient_steps=} must be at least 1')
-    for name in ('batch_size', 'seq_length'):
-        if config[name] < 1:
-            raise Mistake(f'{name}={config[name]} must be at least 1')
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)
 
@@ -177,7 +172,7 @@ def plan_decoding(config, sizes: LlamaConfig, compute: Compute, mesh: Mesh, chip
     parts = dict(parameters=planning.device_bytes(weights))
     plan = Plan(planning.mesh_dim_of(mesh), batch_size, config.seq_length, 1, '', parts, batch_size, fits=True,
                 usable=usable)
-    rows = Rows(*(spec((batch_size,), x) for x in (np.int32, np.uint32, np.float32, bool)))
+    rows = BatchRows(*(spec((batch_size,), x) for x in (np.int32, np.uint32, np.float32, bool)))
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
@@ -286,7 +281,7 @@ def command(config, plan: Plan) -> str:
                                                                              flags.TRAIN)
     length = 'seq_length' if config.serve else 'train_dataset.json_dataset.seq_length'
     known = {flag.name: flag.default for flag in table}
-    values = {flag.name: functools.reduce(lambda node, part: node[part], flag.name.split('.'), config)
+    values = {flag.name: parse.value_of(config, flag.name)
               for flag in flags.PLAN if flag.name in known and flag.name not in ('seq_length', 'batch_size')}
     values |= {'mesh_dim': plan.mesh_dim, size: plan.batch_size, length: config.seq_length}
     if config.serve:
@@ -297,4 +292,4 @@ def command(config, plan: Plan) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.PLAN)
+    parse.run(main, flags.PLAN)

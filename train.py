@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from checkpoint import load, native
 from checkpoint.writing import appears_whole
-from data.batches import PackedStream, Rows, read_dataset_state
+from data.batches import read_dataset_state
 from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
 from data.records import RecordReader
+from data.rows import BY_HAND, RowBatches, refuse_beginning
+from data.stream import PackedStream
 from data.text_processor import TextProcessor
 from hosts import processes, start
 from instruments.planning.compiled import CompiledStep
@@ -26,7 +28,7 @@ from instruments.planning.plan import Setting
 from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy
-from program import flags
+from program import flags, parse
 from program import model as wiring
 from training import loop, step
 from training.metrics import MetricsWriter
@@ -117,7 +119,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     else:
         own = load.read_config(config.load_checkpoint) if config.load_checkpoint and not changed else None
         stated = own or LlamaConfig(**sizes)
-    update = flags.literals('update_llama_config', config.update_llama_config)
+    update = parse.literals('update_llama_config', config.update_llama_config)
     for name in sorted(set(update) & set(only)):
         if update.pop(name) != only[name].default:
             raise Mistake(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
@@ -158,8 +160,6 @@ def wandb_options(config, output_dir: pathlib.Path) -> dict:
 
 def read_hyperparameters(options, total_steps: int) -> Hyperparameters:
     """The optimizer's hyperparameters; lr_decay_steps=0 means the number of optimizer steps of this run."""
-    if options.accumulate_gradient_steps < 1:
-        raise Mistake(f'optimizer.accumulate_gradient_steps={options.accumulate_gradient_steps} must be at least 1')
     if options.type == 'palm':
         return Palm(**options.palm_optimizer.to_dict())
     hyper = options.adamw_optimizer.to_dict()
@@ -194,7 +194,7 @@ def dataset_flags(config) -> tuple[ConfigDict, dict | None]:
     return dataset, saved['state']
 
 
-def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedStream | Rows:
+def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedStream | RowBatches:
     """The batches of `train_dataset` or `eval_dataset` (`name`), as its flags say."""
     kind = f'{options.type}_dataset'
     rows, flag = options[kind], f'{name}.{kind}'
@@ -213,12 +213,13 @@ def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedSt
         reader = RecordReader(rows.path, processor, skip_bad_lines=rows.skip_bad_lines, flag=flag,
                               processes=rows.tokenizer_processes, chunk_size=rows.tokenizer_parallel_chunk_size,
                               batch_size=rows.tokenizer_parallel_batch_size)
-        more = {key: rows[key] for key in ('start_seek_loc', 'example_index_at_start', 'tokens_count_at_start',
-                                           'throughput_average_window_size')}
+        more = {'throughput_average_window_size': rows.throughput_average_window_size}
     sizes = dict(seq_length=rows.seq_length, batch_size=rows.batch_size) | more
     if rows.batching == 'stream':
-        return PackedStream(reader, always_start_with_bos=rows.always_start_with_bos, **sizes)
-    batches = Rows(reader, seed=seed, too_long=rows.too_long, **sizes)
+        begin = {name: rows[name] for name in BY_HAND if name in rows}
+        return PackedStream(reader, always_start_with_bos=rows.always_start_with_bos, **sizes, **begin)
+    refuse_beginning(rows, flag)
+    batches = RowBatches(reader, seed=seed, too_long=rows.too_long, **sizes)
     print(f'{name}: {batches.counts}, {batches.batches_per_epoch} batches an epoch, {batches.fill:.0%} of the '
           f'positions hold tokens, shapes (T, P) {batches.shapes}', flush=True)
     return batches
@@ -397,4 +398,4 @@ def serving_flags(config, output_dir: pathlib.Path) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.TRAIN)
+    parse.run(main, flags.TRAIN)

@@ -16,12 +16,12 @@ from checkpoint.formats import huggingface, huggingface_writer
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from model.config import LlamaConfig, config_to_dict
-from program import flags
+from program import flags, parse
 
 
 def run(spec, kind, output, **more):
     words = [f'--{name.replace("__", ".")}={value}' for name, value in more.items()]
-    convert.main(flags.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
+    convert.main(parse.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
                               *words], flags.CONVERT, ''))
     return output
 
@@ -141,7 +141,7 @@ def test_mistakes_name_the_flag_and_write_nothing(golden, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     words = [word.replace('EASYLM', str(golden / 'easylm/streaming_params_fp32')) for word in words]
     with pytest.raises(ValueError, match=message):
-        convert.main(flags.parse(['convert.py', *words], flags.CONVERT, ''))
+        convert.main(parse.parse(['convert.py', *words], flags.CONVERT, ''))
     assert not list(tmp_path.iterdir())
 
 
@@ -154,7 +154,7 @@ from checkpoint.formats import huggingface_writer
 status = lambda: {line.split(':')[0]: line.split()[1] for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = int(status()['VmRSS'])
-convert.main(flags.parse(sys.argv, flags.CONVERT, ''))
+convert.main(parse.parse(sys.argv, flags.CONVERT, ''))
 print('PEAK', (int(status()['VmHWM']) - before) * 1024)
 '''
 

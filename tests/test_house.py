@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from program import flags
+from program import flags, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {  # room -> the rooms it may import from; programs may import everything
@@ -77,7 +77,7 @@ def test_printed_commands_have_flags_that_exist(text):
             words.remove('…')
             assert {word.removeprefix('--').split('=')[0] for word in words} <= known, (program, words)
         elif words != ['--help']:
-            flags.parse([program, *words], TABLES[program], '')
+            parse.parse([program, *words], TABLES[program], '')
 
 
 @pytest.mark.parametrize('text', [*DOCUMENTS, 'quickstart.sh', '.ci/run'])
@@ -97,3 +97,19 @@ def test_the_readme_names_files_that_exist_and_every_room():
     missing = {name for pair in named for name in pair if name and not (ROOT / name).exists()}
     assert not missing
     assert {f'{name}.py' for name in ENTRY_POINTS} <= set(re.findall(r'`(\w+\.py)`', text))
+
+
+CORE = 'model', 'kernels', 'data', 'checkpoint', 'hosts', 'evaluation', 'serving', 'training'
+
+
+@pytest.mark.parametrize('room', CORE)
+def test_docstrings_begin_with_what_the_code_does(room):
+    """No public function, class or module of the core opens with "What ", "Of ", "With " or "The same"."""
+    poor = []
+    for path in sorted((ROOT / room).rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = getattr(node, 'name', '')
+                if not name.startswith('_') and re.match('(What|Of|With|The same) ', ast.get_docstring(node) or ''):
+                    poor.append(f'{path.relative_to(ROOT)} {name}')
+    assert not poor

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 import train
-from program import flags
+from program import flags, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path for path in ROOT.glob('configs/*.py') if path.stem != '__init__')
@@ -23,7 +23,7 @@ def test_a_recipe_trains_a_step_on_a_small_set(golden, tmp_path, recipe):
     given |= {'tokenizer.vocab_file': golden / 'easylm/tokenizer.model', 'logger.output_dir': tmp_path / 'run',
               'train_dataset.json_dataset.path': tmp_path / 'train.jsonl',
               'optimizer.adamw_optimizer.lr_warmup_steps': 0, 'log_freq': 1}
-    train.main(flags.parse(['train.py', *(f'--{name}={value}' for name, value in given.items())], flags.TRAIN, ''))
+    train.main(parse.parse(['train.py', *(f'--{name}={value}' for name, value in given.items())], flags.TRAIN, ''))
     row, = (json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines())
     assert row['step'] == 0 and 5 < row['loss'] < 8  # about log 640 = 6.46
     assert (tmp_path / 'run/step_00000001').is_dir()
