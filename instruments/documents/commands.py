@@ -163,7 +163,7 @@ def failed(command: str, what: str, log: pathlib.Path) -> Failed:
 class Runner:
     """Runs commands in one directory, and at most one server beside them."""
 
-    def __init__(self, directory: pathlib.Path, logs: pathlib.Path, timeout: float = 900):
+    def __init__(self, directory: pathlib.Path, logs: pathlib.Path, timeout: float = 1800):
         self.directory, self.timeout, self.ran = directory, timeout, 0
         self._logs = logs  # a directory for the commands' outputs
         self._server = None  # (command, process, log)
@@ -303,5 +303,5 @@ def main(argv) -> None:
 if __name__ == '__main__':
     flags.DEFINE_boolean('here', False, 'run in the working tree instead of a bare clone of HEAD')
     flags.DEFINE_boolean('list', False, 'run nothing: only say what would run and what would not')
-    flags.DEFINE_float('timeout', 900, 'seconds that one command may take', 1)
+    flags.DEFINE_float('timeout', 1800, 'seconds that one command may take', 1)
     app.run(main)
