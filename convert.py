@@ -7,6 +7,7 @@ Needs no accelerator, and memory for a few tensors, not for the model.
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ from checkpoint.writing import appears_whole
 from data.tokenizer import Tokenizer, load_tokenizer
 from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config
+from model.llama import weight_specs
 from program import flags
 
 UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
@@ -83,7 +85,7 @@ def find_tokenizer(config, model: LlamaConfig) -> Tokenizer | None:
 def write_native(output: Path, tensor, model: LlamaConfig, tokenizer: Tokenizer | None, spec: str) -> None:
     """A checkpoint of ours at the step of the source, each stacked weight written a layer at a time."""
     arrays = {}
-    for weight in load.specs_of(model):
+    for weight in jax.tree.leaves(weight_specs(model)):
         slices = map(lambda layer, name=weight.name: tensor(name, layer)[None], range(weight.shape[0]))
         if not weight.stacked:
             slices = map(lambda layer, name=weight.name: tensor(name, layer), [None])

@@ -35,7 +35,7 @@ from kernels import chips
 from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
-from model.partition import make_mesh
+from model.partition import WeightSpec, make_mesh
 from program import flags
 from serving.engine import Engine, Rows, check_batch_size, check_lengths
 from training import step
@@ -132,7 +132,7 @@ def hyperparameters(options) -> Hyperparameters:
 
 
 def parameters(sizes: LlamaConfig) -> int:
-    return sum(spec.size for spec in load.specs_of(sizes))
+    return sum(spec.size for spec in jax.tree.leaves(llama.weight_specs(sizes)))
 
 
 # ---------------------------------------------------------------- one mesh
@@ -214,11 +214,12 @@ def host_bytes(sizes: LlamaConfig, mesh: Mesh) -> int:
 
     Saving (checkpoint/native.py) holds the host's part of one array, all layers of it, and what is on its way to disk.
     """
-    def part(spec: llama.WeightSpec) -> int:  # no part is held twice
+    def part(spec: WeightSpec) -> int:  # no part is held twice
         pieces = min(len(host_devices(mesh)), math.prod(mesh.shape[axis] for axis in spec.axes))
         return spec.size // math.prod(mesh.shape[axis] for axis in spec.axes) * pieces
 
-    return max(load.host_bytes(sizes, mesh), 2 * 4 * max(part(spec) for spec in load.specs_of(sizes)))
+    largest = max(part(spec) for spec in jax.tree.leaves(llama.weight_specs(sizes)))
+    return max(load.host_bytes(sizes, mesh), 2 * 4 * largest)
 
 
 # ---------------------------------------------------------------- the result

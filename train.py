@@ -24,8 +24,8 @@ from hosts import processes, start
 from instruments.planning.compiled import CompiledStep
 from instruments.planning.plan import Setting
 from mistake import Mistake
+from model import llama
 from model.config import LlamaConfig, config_to_dict, named_config, updated
-from model.llama import remat_policy
 from program import flags
 from program import model as wiring
 from training import loop, step
@@ -78,7 +78,7 @@ def main(config) -> None:
     def save(state: step.TrainState, done: int) -> None:
         if done == start_step:
             return
-        arrays = load.by_name(state.params, model.config, 'params')
+        arrays = llama.by_name(state.params, model.config, 'params')
         if config.checkpointer.save_optimizer_state:
             arrays |= state_by_name(state, model.config)
         print(f'\nsaved {save_arrays(arrays, done, batches.state())}', flush=True)
@@ -104,10 +104,10 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     Sizes are those of --load_llama_config, else those that the checkpoint states, else the llama flags; upon them
     comes --update_llama_config.
     """
-    llama = config.llama.to_dict()
-    remat = {name: llama.pop(name) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
+    sizes = config.llama.to_dict()
+    remat = {name: sizes.pop(name) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     only = {flag.name.removeprefix('llama.'): flag for flag in flags.LLAMA if flag.only}
-    sizes = {name: value for name, value in llama.items() if name not in only}
+    sizes = {name: value for name, value in sizes.items() if name not in only}
     changed = [name for name, value in sizes.items() if value != getattr(LlamaConfig(), name)]
     if changed and config.load_llama_config:
         raise Mistake(f'llama.{changed[0]}={sizes[changed[0]]!r} and load_llama_config={config.load_llama_config!r} '
@@ -124,7 +124,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     for name in sorted(set(update) & set(remat)):
         remat[name] = update.pop(name)
     for policy in filter(None, remat.values()):
-        remat_policy(policy)  # raises for one that is not known
+        llama.remat_policy(policy)  # raises for one that is not known
     return updated(stated, update, source='update_llama_config'), remat
 
 
@@ -304,7 +304,7 @@ def state_by_name(state: step.TrainState, model_config) -> dict:
     arrays = {'optimizer.count': state.optimizer.count, 'optimizer.micro_step': state.micro_step}
     for name, tree in (('momentum', state.optimizer.momentum), ('second_moment', state.optimizer.second_moment),
                        ('mean_gradient', state.mean_gradient)):
-        arrays |= load.by_name(tree, model_config, name) if tree is not None else {}
+        arrays |= llama.by_name(tree, model_config, name) if tree is not None else {}
     return arrays
 
 
@@ -315,7 +315,7 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
     if not resume_step and not resumes_easylm(config):
         return fresh(model.load_params(config.load_checkpoint, config.seed))
     like = step.abstract_state(model.config, hyper, accumulate, model.mesh)
-    targets = load.by_name(like.params, model.config, 'params') | state_by_name(like, model.config)
+    targets = llama.by_name(like.params, model.config, 'params') | state_by_name(like, model.config)
     if resume_step:
         arrays = native.restore(output_dir, resume_step, targets)
     else:
@@ -325,7 +325,7 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
         raise Mistake(f'the state stands {begun} micro-steps after its last update, more than '
                          f'optimizer.accumulate_gradient_steps={accumulate} ever is: set the flag as it was')
     tree = lambda name: jax.tree.unflatten(jax.tree.structure(like.params),
-                                           [arrays[key] for key in load.by_name(like.params, model.config, name)])
+                                           [arrays[key] for key in llama.by_name(like.params, model.config, name)])
     return step.TrainState(
         tree('params'), OptimizerState(arrays['optimizer.count'], tree('momentum'), tree('second_moment')),
         arrays['optimizer.micro_step'], tree('mean_gradient') if accumulate > 1 else None)

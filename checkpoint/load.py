@@ -28,6 +28,7 @@ from checkpoint import native, shards
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes, tokenizer_from_json
 from mistake import Mistake
+from model import llama
 from model.config import LlamaConfig, config_from_dict, config_to_dict
 from model.llama import Llama, abstract_params, weight_specs
 from model.partition import WeightSpec
@@ -107,19 +108,9 @@ def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptT
     return meta, {tokenizer.file_name: tokenizer.source_bytes}
 
 
-def by_name(tree: Llama, config: LlamaConfig, prefix: str) -> dict:
-    """{prefix + '.' + weight's name: leaf} of a tree shaped like the weights (weights, momenta, ShapeDtypeStructs)."""
-    return {f'{prefix}.{spec.name}': leaf for spec, leaf in zip(specs_of(config), jax.tree.leaves(tree), strict=True)}
-
-
-def specs_of(config: LlamaConfig) -> list[WeightSpec]:
-    """The weights in the order of the tree's leaves."""
-    return jax.tree.leaves(weight_specs(config), is_leaf=lambda node: isinstance(node, WeightSpec))
-
-
 def tensors_of(config: LlamaConfig) -> list[tuple[WeightSpec, int | None]]:
     """[(weight, layer)]: what a reader's `tensor` is asked for, layer None where a weight is not stacked."""
-    return [(spec, layer) for spec in specs_of(config)
+    return [(spec, layer) for spec in jax.tree.leaves(weight_specs(config))
             for layer in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
@@ -136,11 +127,11 @@ def load_params(spec: str, config: LlamaConfig, mesh: Mesh) -> Llama:
     if kind == 'native':
         _refuse_misfit(spec, _other_heads(read_config(spec), config))
         directory, step = native_step(path)
-        arrays = native.restore(directory, step, by_name(targets, config, 'params'))
+        arrays = native.restore(directory, step, llama.by_name(targets, config, 'params'))
         return jax.tree.unflatten(jax.tree.structure(targets), arrays.values())
     reader = open_reader(spec, config)
     leaves = [_assemble(reader, weight, target) for weight, target in
-              zip(specs_of(config), jax.tree.leaves(targets), strict=True)]
+              zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(targets), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(targets), leaves)
 
 
@@ -149,8 +140,9 @@ def host_bytes(config: LlamaConfig, mesh: Mesh) -> int:
 
     `mesh` may be one of a described topology.  The rule: shards.SLICES times the largest thing that is read at a time.
     """
+    targets = jax.tree.leaves(abstract_params(config, mesh))
     return shards.SLICES * max(shards.slice_bytes(target, weight.stacked) for weight, target in
-                               zip(specs_of(config), jax.tree.leaves(abstract_params(config, mesh)), strict=True))
+                               zip(jax.tree.leaves(weight_specs(config)), targets, strict=True))
 
 
 def load_train_state(spec: str, config: LlamaConfig, targets: dict[str, jax.ShapeDtypeStruct],
@@ -165,7 +157,7 @@ def load_train_state(spec: str, config: LlamaConfig, targets: dict[str, jax.Shap
     _, path = split_spec(spec)
     accumulated = any(name.startswith('mean_gradient.') for name in targets)
     state = _formats(spec, 'easylm_train_state').TrainStateReader(path, config.head_dim, parameter_scale, accumulated)
-    weights = {weight.name: weight for weight in specs_of(config)}
+    weights = {weight.name: weight for weight in jax.tree.leaves(weight_specs(config))}
     readers = {what: state.tree(what) for what in sorted({name.partition('.')[0] for name in targets} - {'optimizer'})}
     for reader in readers.values():
         _compare(spec, reader, config)

@@ -24,7 +24,7 @@ from mistake import Mistake
 from model import cache as kv_cache
 from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
-from model.partition import WeightSpec, all_gather, gather_weight, pytree, reduce_scatter, specs_of, weight
+from model.partition import all_gather, gather_weight, pytree, reduce_scatter, specs_of, weight
 
 Array = jax.Array
 DTYPES = {'fp32': jnp.float32, 'float32': jnp.float32, 'bf16': jnp.bfloat16, 'bfloat16': jnp.bfloat16,
@@ -72,9 +72,15 @@ def weight_specs(config: LlamaConfig) -> Llama:
     return Llama(**specs | dict(head=None) if config.tie_word_embeddings else specs)
 
 
+def by_name(tree: Llama, config: LlamaConfig, prefix: str) -> dict:
+    """Name the leaves of a tree shaped like the weights: {prefix + '.' + weight's name: leaf}, as checkpoints do."""
+    specs = jax.tree.leaves(weight_specs(config))
+    return {f'{prefix}.{spec.name}': leaf for spec, leaf in zip(specs, jax.tree.leaves(tree), strict=True)}
+
+
 def partitions(config: LlamaConfig) -> Llama:
     """The Llama tree of PartitionSpecs."""
-    return jax.tree.map(lambda spec: spec.partition, weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec))
+    return jax.tree.map(lambda spec: spec.partition, weight_specs(config))
 
 
 def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
@@ -82,7 +88,7 @@ def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
     check_divisible(config, mesh)
     return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=NamedSharding(mesh, spec.partition)),
-        weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec))
+        weight_specs(config))
 
 
 def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
@@ -91,7 +97,7 @@ def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
     if heads % mp or (kv_heads % mp and mp % kv_heads):
         raise Mistake(f'num_attention_heads={heads} and num_key_value_heads={kv_heads} cannot be split over {mp=}: '
                          'choose a --mesh_dim whose mp divides the query heads, and the others (or they divide it)')
-    for spec in jax.tree.leaves(weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec)):
+    for spec in jax.tree.leaves(weight_specs(config)):
         for letter, size, axis in zip(spec.letters, spec.shape, spec.partition, strict=True):
             if axis and size % mesh.shape[axis]:
                 raise Mistake(f'{spec.name}: {letter}={size} is not divisible by {axis}={mesh.shape[axis]}; '
@@ -109,7 +115,7 @@ def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
         return config.initializer_range * jax.random.normal(key, spec.shape, jnp.float32)
 
     def init_all(key):
-        specs, tree = jax.tree.flatten(weight_specs(config), is_leaf=lambda x: isinstance(x, WeightSpec))
+        specs, tree = jax.tree.flatten(weight_specs(config))
         return jax.tree.unflatten(tree, [init(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(specs)])
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))

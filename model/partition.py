@@ -9,7 +9,6 @@ Collectives name their axis in the same notation: `all_gather(w, 'M/fsdp HD/mp -
 """
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,11 @@ AXES = ('dp', 'fsdp', 'mp')
 BATCH = PartitionSpec(('dp', 'fsdp'))  # of every array whose first dimension is the batch
 
 
-class WeightSpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
     """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), letters of the shape.
 
+    A leaf of JAX trees, so jax.tree.leaves(weight_specs(config)) are the weights in their order.
     stacked: the leading axis counts layers, so statistics of "the matrix" are per slice of it.
     """
 

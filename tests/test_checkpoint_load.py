@@ -24,7 +24,7 @@ from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_w
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model.config import MODELS, Compute, LlamaConfig
-from model.llama import abstract_params, hidden_states, partitions
+from model.llama import abstract_params, by_name, hidden_states, partitions, weight_specs
 from model.loss import logits
 from model.partition import make_mesh
 
@@ -89,7 +89,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
 
 
 def assert_equal_whole_tensors(params, reader, config):
-    for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+    for weight, leaf in zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(params), strict=True):
         leaf = np.asarray(leaf)
         for layer in range(weight.shape[0]) if weight.stacked else [None]:
             np.testing.assert_array_equal(leaf if layer is None else leaf[layer], reader.tensor(weight.name, layer))
@@ -101,7 +101,7 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
     """Bit for bit; mp=8 cuts 4 key/value heads in two, fsdp=4 cuts rows of 64 in quantised blocks of 32."""
     config = LlamaConfig(64, 64, 128, 2, 8, 8 if kind in ('params', 'bf16', 'flax_params') else 4)
     rng = np.random.default_rng(0)
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: rng.standard_normal(shapes[name], np.float32)
     if kind in ('hf', 'gguf', 'gguf_quantised'):
         huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
@@ -175,7 +175,7 @@ def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
     """
     config = LlamaConfig(4096, 1024, 2816, 7, 8, max_sequence_length=128)
     tile = np.random.default_rng(0).random(2**22, np.float32)
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: tile[:np.prod(shapes[name])].reshape(shapes[name])
     if kind == 'hf':
         huggingface_writer.write(tmp_path / 'model', tensor, config, None, None, 'bf16', 10**12)
@@ -195,6 +195,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from checkpoint import load, shards
 from checkpoint.formats import easylm
 from model.config import LlamaConfig
+from model.llama import weight_specs
 from model.partition import make_mesh
 golden = pathlib.Path(sys.argv[3])
 config = LlamaConfig(**json.loads((golden / 'model.json').read_text()))
@@ -204,7 +205,7 @@ shards.STACK_BYTES = 0
 spec, count = f'params::{golden}/streaming_params_fp32', 0
 params = load.load_params(spec, config, make_mesh('!1,4,2'))
 read_here, whole = sum(part.size for part in reads), load.open_reader(spec, config)
-for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+for weight, leaf in zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(params), strict=True):
     stored = lambda layer: read(whole, weight.name, layer)
     array = np.stack([stored(layer) for layer in range(weight.shape[0])]) if weight.stacked else stored(None)
     assert not leaf.is_fully_addressable
@@ -279,7 +280,7 @@ def test_native_checkpoint_gives_back_all_it_was_given(golden, tmp_path):
     params = load.load_params(f'params::{golden}/easylm/streaming_params_fp32', config, make_mesh('1,4,2'))
     template = PromptTemplate(labels=('bad', 'good'))
     meta, files = load.describe(config, tokenizer, template)
-    step = native.save(tmp_path, 3, load.by_name(params, config, 'params'), meta, files, keep=1)
+    step = native.save(tmp_path, 3, by_name(params, config, 'params'), meta, files, keep=1)
     for spec in (str(tmp_path), str(step)):
         loaded = load.load_params(spec, load.read_config(spec), make_mesh('2,2,2'))
         jax.tree.map(np.testing.assert_array_equal, loaded, params)

@@ -11,7 +11,7 @@ from checkpoint import load
 from checkpoint.formats import easylm_writer
 from checkpoint.formats.easylm import NAMES, index
 from model.config import LlamaConfig
-from model.llama import abstract_params, partitions, weight_specs
+from model.llama import abstract_params, by_name, partitions, weight_specs
 from model.partition import make_mesh
 from training import optimizer
 from training.step import TrainState, accumulated_update, state_partitions
@@ -24,7 +24,7 @@ CASES = {  # name -> (multiply_by_parameter_scale, bf16_momentum, accumulate, mi
 
 def targets(scale, bf16, accumulate, mesh):
     """{name in a checkpoint: ShapeDtypeStruct}, as train.py asks for them."""
-    params = load.by_name(abstract_params(CONFIG, mesh), CONFIG, 'params')
+    params = by_name(abstract_params(CONFIG, mesh), CONFIG, 'params')
     tree = lambda prefix, dtype: {name.replace('params', prefix): jax.ShapeDtypeStruct(x.shape, dtype,
                                                                                        sharding=x.sharding)
                                   for name, x in params.items()}
@@ -108,7 +108,7 @@ def test_weights_alone_are_read_by_three_names(golden):
     weights = [load.load_params(f'{kind}::{path}', CONFIG, mesh) for kind in ('trainstate', 'trainstate_params')]
     jax.tree.map(np.testing.assert_array_equal, *weights)
     arrays = read(golden, 'adamw')
-    for name, array in load.by_name(weights[0], CONFIG, 'params').items():
+    for name, array in by_name(weights[0], CONFIG, 'params').items():
         np.testing.assert_array_equal(arrays[name], array)
 
 

@@ -18,6 +18,7 @@ from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_w
 from checkpoint.writing import appears_whole, rounded
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model.config import LlamaConfig, RopeScaling
+from model.llama import by_name, weight_specs
 from model.partition import make_mesh
 
 SMALL = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=11, num_attention_heads=2)
@@ -32,7 +33,7 @@ def easylm_config(golden):
 def random_tensor(config, seed=0):
     """tensor(name, layer) of a random model, and {(name, layer): array} of what it gave."""
     given, random = {}, np.random.default_rng(seed)
-    specs = {spec.name: spec for spec in load.specs_of(config)}
+    specs = {spec.name: spec for spec in jax.tree.leaves(weight_specs(config))}
 
     def tensor(name, layer):
         shape = specs[name].shape if layer is None else specs[name].shape[1:]
@@ -46,7 +47,7 @@ def through_native(spec, config, directory):
     """tensor(name, layer) of a native checkpoint saved from the weights of `spec`."""
     params = load.load_params(spec, config, make_mesh('1,2,1', jax.devices()[:2]))
     meta, files = load.describe(config, None, None)
-    native.save(directory, 0, load.by_name(params, config, 'params'), meta, files, keep=1)
+    native.save(directory, 0, by_name(params, config, 'params'), meta, files, keep=1)
     return load.open_reader(str(directory), config).tensor
 
 

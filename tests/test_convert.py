@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -16,6 +17,7 @@ from checkpoint.formats import huggingface, huggingface_writer
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from model.config import LlamaConfig, config_to_dict
+from model.llama import weight_specs
 from program import flags
 
 
@@ -91,7 +93,7 @@ def test_tokenizer_template_and_bos_go_where_there_is_a_place(golden, tmp_path, 
     meta, files = load.describe(config, tokenizer, template, False)
     arrays = {f'params.{weight.name}': native.Streamed(weight.shape, np.dtype(np.float32), weight.shape[0],
                                                        iter([np.ones(weight.shape, np.float32)]))
-              for weight in load.specs_of(config)}
+              for weight in jax.tree.leaves(weight_specs(config))}
     native.save(tmp_path / 'run', 7, arrays, meta, files, keep=1)
     output = run(str(tmp_path / 'run'), kind, tmp_path / 'out')
     spec = {'native': f'{output}', 'hf': f'hf::{output}', 'easylm': f'params::{output}/streaming_params'}[kind]
@@ -169,7 +171,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     """
     config = LlamaConfig(8192, 1024, 2816, 9, 8, max_sequence_length=128)
     tile, largest = np.random.default_rng(0).random(2**23 + 1000, np.float32), 8192 * 1024 * 4
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
 
     def tensor(name, layer):
         start = 17 * (layer or 0) + len(name)

@@ -78,7 +78,7 @@ def test_logits_loss_and_gradients_equal_easylm(golden):
     run = on_mesh(value_and_grad, config, one_device(), outputs)
     value, grads = run(params, inputs, targets, expected['loss_mask'])
     np.testing.assert_allclose(value, expected['loss'], rtol=1e-5)
-    for name, grad in load.by_name(grads, config, 'grad').items():
+    for name, grad in llama.by_name(grads, config, 'grad').items():
         weight = name.removeprefix('grad.')
         for layer in range(config.num_hidden_layers) if weight.startswith('layers.') else [None]:
             theirs = expected['grad/' + easylm.NAMES[weight].format(layer)]
@@ -232,7 +232,7 @@ def test_loss_is_the_mean_of_row_means():
 def test_parameter_counts_of_the_named_models():
     """The counts their publishers state."""
     count = lambda name: sum(int(np.prod(spec.shape)) for spec in jax.tree.leaves(
-        llama.weight_specs(MODELS[name]), is_leaf=lambda x: isinstance(x, llama.WeightSpec)))
+        llama.weight_specs(MODELS[name])))
     assert count('3b') == 3_426_473_600
     assert count('7b') == 6_738_415_616
     assert count('llama3_8b') == 8_030_261_248

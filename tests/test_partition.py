@@ -19,8 +19,7 @@ from training.optimizer import AdamW
 
 def test_weight_shapes_and_partitions_are_these():
     """The whole table for the 3B model, as a literal: the shardings are EasyLM's partition rules."""
-    specs = jax.tree.leaves(llama.weight_specs(llama.LlamaConfig(32000, 3200, 8640, 26, 32)),
-                            is_leaf=lambda x: isinstance(x, llama.WeightSpec))
+    specs = jax.tree.leaves(llama.weight_specs(llama.LlamaConfig(32000, 3200, 8640, 26, 32)))
     assert {spec.name: (spec.shape, spec.partition) for spec in specs} == {
         'embedding': ((32000, 3200), P('mp', 'fsdp')),
         'layers.attention_norm': ((26, 3200), P(None, None)),

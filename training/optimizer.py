@@ -153,19 +153,15 @@ def update(params, grads, state: OptimizerState, hyper: Hyperparameters, specs):
         return p - step, m.astype(jnp.bfloat16 if hyper.bf16_momentum else f32), v
 
     trees = map(jax.tree.leaves, (params, grads, state.momentum, state.second_moment))
-    p, m, v = zip(*(leaf(*arrays) for arrays in zip(*trees, spec_leaves(specs), strict=True)), strict=True)
+    p, m, v = zip(*(leaf(*arrays) for arrays in zip(*trees, jax.tree.leaves(specs), strict=True)), strict=True)
     unflatten = jax.tree.structure(params).unflatten
     return unflatten(p), OptimizerState(state.count + 1, unflatten(m), unflatten(v))
-
-
-def spec_leaves(specs) -> list[WeightSpec]:
-    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, WeightSpec))
 
 
 def global_norm(tree, specs) -> jax.Array:
     """sqrt of the sum of squares over all devices, each weight once; one psum for each distinct set of axes."""
     by_axes: dict[tuple, list] = {}
-    for x, spec in zip(jax.tree.leaves(tree), spec_leaves(specs), strict=True):
+    for x, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
         by_axes.setdefault(spec.axes, []).append(jnp.sum(x * x))
     return jnp.sqrt(sum(lax.psum(sum(squares), axes) if axes else sum(squares) for axes, squares in by_axes.items()))
 
