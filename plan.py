@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoint import load
+from checkpoint import source
 from checkpoint.writing import appears_whole
 from data.batches import Batch
 from instruments.kernel_time.static_times import flash_times
@@ -210,7 +210,7 @@ def host_devices(mesh: Mesh) -> list[jax.Device]:
 
 
 def host_bytes(sizes: LlamaConfig, mesh: Mesh) -> int:
-    """What loading (checkpoint/load.py) or saving takes of a host at most, one process on each.
+    """What loading (checkpoint/source.py) or saving takes of a host at most, one process on each.
 
     Saving (checkpoint/native.py) holds the host's part of one array, all layers of it, and what is on its way to disk.
     """
@@ -219,7 +219,7 @@ def host_bytes(sizes: LlamaConfig, mesh: Mesh) -> int:
         return spec.size // math.prod(mesh.shape[axis] for axis in spec.axes) * pieces
 
     largest = max(part(spec) for spec in jax.tree.leaves(llama.weight_specs(sizes)))
-    return max(load.host_bytes(sizes, mesh), 2 * 4 * largest)
+    return max(source.host_bytes(sizes, mesh), 2 * 4 * largest)
 
 
 # ---------------------------------------------------------------- the result

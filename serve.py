@@ -22,7 +22,6 @@ import time
 import jax
 import uvicorn
 
-from checkpoint.load import read_tokenizer
 from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
@@ -151,7 +150,7 @@ def load_engine(config, model: Model) -> Engine:
     spec, path = config.load_checkpoint, config.tokenizer.vocab_file
     if not spec:
         raise Mistake('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
-    own = read_tokenizer(spec)
+    own = model.source.tokenizer
     if own is not None and own.fingerprint != model.tokenizer.fingerprint:
         raise Mistake(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
                          'with and holds: leave --tokenizer.vocab_file away')
@@ -161,7 +160,7 @@ def load_engine(config, model: Model) -> Engine:
     check_batch_size(config.lm_server.batch_size, model.mesh)
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
-    params = jax.block_until_ready(model.load_params(spec, config.seed))
+    params = jax.block_until_ready(model.load_params(config.seed))
     print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
     return Engine(params, model.config, model.compute, model.tokenizer, model.mesh,
                   batch_size=config.lm_server.batch_size, input_length=config.input_length,

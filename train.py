@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from checkpoint import load, native
-from checkpoint.writing import appears_whole
+from checkpoint import Source, easylm_run, native
+from checkpoint.source import describe, read_run
 from data.batches import PackedStream, Rows, read_dataset_state
 from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
@@ -25,7 +25,7 @@ from instruments.planning.compiled import CompiledStep
 from instruments.planning.plan import Setting
 from mistake import Mistake
 from model import llama
-from model.config import LlamaConfig, config_to_dict, named_config, updated
+from model.config import LlamaConfig, named_config, updated
 from program import flags
 from program import model as wiring
 from training import loop, step
@@ -42,13 +42,14 @@ def main(config) -> None:
     resume_step = find_resume_step(config, output_dir)
     processes.refuse_difference('the newest step', str(resume_step), f'{output_dir} must lie on a file system that '
                                 'all processes share')
-    sizes, remat = model_flags(config)
-    model = wiring.open_model(config, sizes, reduce_gradients=config.reduce_gradients, **remat)
+    source = wiring.open_source(config)
+    sizes, remat = model_flags(config, source)
+    model = wiring.open_model(config, sizes, source, reduce_gradients=config.reduce_gradients, **remat)
     print(wiring.describe(model), flush=True)
     dataset, position = dataset_flags(config)
     batches = open_batches(dataset, 'train_dataset', model, config.seed)
     total_steps = config.total_steps or config.epochs * epoch_length(batches)
-    start_step = resume_step or (load.read_step(config.load_checkpoint) if resumes_easylm(config) else 0)
+    start_step = resume_step or (source.step if resumes_easylm(config) else 0)
     if start_step >= total_steps:
         print(f'{output_dir if resume_step else config.load_checkpoint} holds the whole run already: '
               f'{start_step} of {total_steps} steps')
@@ -63,7 +64,7 @@ def main(config) -> None:
 
     state = load_state(config, model, hyper, accumulate, output_dir, resume_step)
     if resume_step:
-        position = native.read_meta(output_dir, resume_step)['data']
+        position = native.Step(output_dir, resume_step).meta['data']
         print(f'resumed {native.step_directory(output_dir, resume_step)}', flush=True)
     if position:
         batches.restore(position)
@@ -98,7 +99,7 @@ def main(config) -> None:
 # ---------------------------------------------------------------- flags -> parts
 
 
-def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
+def model_flags(config, source: Source | None) -> tuple[LlamaConfig, dict[str, str]]:
     """What the flags say of the model: its sizes, and Compute's remat fields.
 
     Sizes are those of --load_llama_config, else those that the checkpoint states, else the llama flags; upon them
@@ -115,7 +116,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     if config.load_llama_config:
         stated = named_config(config.load_llama_config)
     else:
-        own = load.read_config(config.load_checkpoint) if config.load_checkpoint and not changed else None
+        own = source.config if source and not changed else None
         stated = own or LlamaConfig(**sizes)
     update = flags.literals('update_llama_config', config.update_llama_config)
     for name in sorted(set(update) & set(only)):
@@ -179,8 +180,8 @@ def dataset_flags(config) -> tuple[ConfigDict, dict | None]:
     if not path:
         return config.train_dataset, None
     if pathlib.Path(path).is_dir():
-        meta = native.read_meta(*load.native_step(path))
-        saved = dict(dataset=meta['flags']['train_dataset'], state=meta['data'])
+        saved_flags, position = read_run(path)
+        saved = dict(dataset=saved_flags['train_dataset'], state=position)
     else:
         saved = read_dataset_state(path)
     dataset = config.train_dataset.copy_and_resolve_references()
@@ -294,7 +295,7 @@ def resumes_easylm(config) -> bool:
 
 
 def check_resumable(output_dir: pathlib.Path, latest: int) -> None:
-    if latest and 'optimizer.count' not in native.read_manifest(output_dir, latest)['arrays']:
+    if latest and 'optimizer.count' not in native.Step(output_dir, latest).arrays:
         raise Mistake(f'{native.step_directory(output_dir, latest)} holds no optimizer state, so the run cannot be '
                          'resumed: train with --checkpointer.save_optimizer_state=True')
 
@@ -313,14 +314,13 @@ def load_state(config, model: wiring.Model, hyper: Hyperparameters, accumulate: 
     """The state to start from: the resumed run's, or a fresh one around --load_checkpoint's weights."""
     fresh = lambda params: step.init_state(params, model.config, hyper, accumulate, model.mesh)
     if not resume_step and not resumes_easylm(config):
-        return fresh(model.load_params(config.load_checkpoint, config.seed))
+        return fresh(model.load_params(config.seed))
     like = step.abstract_state(model.config, hyper, accumulate, model.mesh)
     targets = llama.by_name(like.params, model.config, 'params') | state_by_name(like, model.config)
     if resume_step:
-        arrays = native.restore(output_dir, resume_step, targets)
+        arrays = native.Step(output_dir, resume_step).restore(targets)
     else:
-        arrays = load.load_train_state(config.load_checkpoint, model.config, targets,
-                                       hyper.multiply_by_parameter_scale)
+        arrays = model.source.load_train_state(model.config, targets, hyper.multiply_by_parameter_scale)
     if (begun := int(arrays['optimizer.micro_step'])) >= accumulate:
         raise Mistake(f'the state stands {begun} micro-steps after its last update, more than '
                          f'optimizer.accumulate_gradient_steps={accumulate} ever is: set the flag as it was')
@@ -339,61 +339,29 @@ def saver(config, model: wiring.Model, hyper: Hyperparameters, output_dir: pathl
     """
     flag_values = config.to_dict() | dict(train_dataset=dataset.to_dict())
     if config.checkpointer.format == 'native':
-        meta, files = load.describe(model.config, model.tokenizer, template, dataset.text_processor.add_bos_token)
+        meta, files = describe(model.config, model.tokenizer, template, dataset.text_processor.add_bos_token)
         return lambda arrays, done, position: native.save(
             output_dir, done, arrays, meta | dict(data=position, flags=flag_values), files,
             keep=config.checkpointer.keep, keep_every=config.save_milestone_freq)
-    if processes.count() > 1:
-        raise Mistake('checkpointer.format=easylm is written by one process, and this run has '
-                         f'{processes.count()}: leave it native, and afterwards python convert.py --format=easylm')
-    try:
-        from checkpoint.formats import easylm_writer
-    except ModuleNotFoundError as error:
-        raise Mistake(f'checkpointer.format=easylm needs the Python package {error.name!r}: '
-                         "install this project with its extra 'formats'") from None
-    easylm_writer.refuse_unsupported(model.config)
-    if config.resume:
-        raise Mistake('resume=True continues native checkpoints; with checkpointer.format=easylm go on with '
-                         '--load_checkpoint=trainstate::FILE and --load_dataset_state=dataset.json')
-    float_dtype = config.checkpointer.float_dtype
-    if config.checkpointer.save_optimizer_state and float_dtype not in ('', 'fp32', 'float32'):
-        print(f'WARNING: checkpointer.{float_dtype=} rounds the train state, so a run that goes on from it differs; '
-              '--checkpointer.float_dtype=fp32 keeps it', flush=True)
+    written = dict(optimizer_state=config.checkpointer.save_optimizer_state,
+                   float_dtype=config.checkpointer.float_dtype)
+    easylm_run.refuse(model.config, resume=config.resume, **written)
 
-    def save_easylm(arrays: dict, done: int, position: dict) -> pathlib.Path:
-        """The streaming file, and as JSON what EasyLM pickles beside it; the next overwrites all but a milestone, whose
-        names end in its step.  The end of the run is never under such names.
-        """
+    def save_easylm(arrays: dict, done: int, position: dict) -> pathlib.Path:  # the run's end is never a milestone
         milestone = config.save_milestone_freq and done % config.save_milestone_freq == 0 and done < total_steps
-        suffix = f'_{done}' if milestone else ''
-        metadata = dict(step=done, flags=flag_values, llama_config=config_to_dict(model.config))
-        for name, content in (('metadata', metadata), ('dataset', dict(dataset=dataset.to_dict(), state=position))):
-            with appears_whole(output_dir / f'{name}{suffix}.json', replace=True) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-        path = output_dir / (easylm_file(config) + suffix)
-        if config.checkpointer.save_optimizer_state:
-            easylm_writer.write_train_state(path, arrays, model.config, done,
-                                            hyper.multiply_by_parameter_scale, float_dtype, replace=True)
-        else:
-            easylm_writer.write_params(path, easylm_writer.gathered(arrays, 'params'), model.config, float_dtype,
-                                       replace=True)
-        return path
+        return easylm_run.save(output_dir, arrays, done, position, config=model.config, flags=flag_values,
+                               dataset=dataset.to_dict(), milestone=bool(milestone),
+                               parameter_scale=hyper.multiply_by_parameter_scale, **written)
 
     return save_easylm
-
-
-def easylm_file(config) -> str:
-    return 'streaming_train_state' if config.checkpointer.save_optimizer_state else 'streaming_params'
 
 
 def serving_flags(config, output_dir: pathlib.Path) -> str:
     """What serve.py needs to serve what this run saved."""
     if config.checkpointer.format == 'native':
         return f'--load_checkpoint={output_dir}'
-    kind = 'trainstate_params' if config.checkpointer.save_optimizer_state else 'params'
     tokenizer = config.tokenizer.vocab_file and f' --tokenizer.vocab_file={config.tokenizer.vocab_file}'
-    return (f'--load_llama_config=json::{output_dir}/metadata.json --load_checkpoint={kind}::{output_dir}/'
-            f'{easylm_file(config)}{tokenizer}')
+    return easylm_run.loading_flags(output_dir, config.checkpointer.save_optimizer_state) + tokenizer
 
 
 if __name__ == '__main__':

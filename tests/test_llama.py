@@ -12,7 +12,7 @@ import pytest
 from helpers import TINY, greedy, logits, on_mesh, one_device
 from jax.sharding import PartitionSpec
 
-from checkpoint import load
+import checkpoint
 from checkpoint.formats import easylm
 from checkpoint.formats.rotary_order import half_split_from_interleaved
 from model import llama, loss
@@ -29,8 +29,9 @@ def assert_close(actual, expected, fraction, what=''):
 
 def open_huggingface(golden, case):
     spec = f'hf::{golden}/huggingface/{case}'
-    config = load.read_config(spec)
-    return config, load.load_params(spec, config, one_device()), np.load(golden / f'huggingface/{case}/golden.npz')
+    source = checkpoint.open(spec)
+    params = source.load_params(source.config, one_device())
+    return source.config, params, np.load(golden / f'huggingface/{case}/golden.npz')
 
 
 @pytest.mark.parametrize('case', HUGGINGFACE)
@@ -62,7 +63,7 @@ def test_logits_loss_and_gradients_equal_easylm(golden):
     """EasyLM's network, loss (mean over rows of row means) and every gradient, within 1e-4 of its largest element."""
     config = LlamaConfig(**json.loads((golden / 'easylm/model.json').read_text()))
     path = golden / 'easylm/streaming_params_fp32'
-    params = load.load_params(f'params::{path}', config, one_device())
+    params = checkpoint.open(f'params::{path}').load_params(config, one_device())
     expected = np.load(golden / 'easylm/model.npz')
     inputs, targets = expected['tokens'][:, :-1], expected['tokens'][:, 1:]
     assert_close(logits(params, config, inputs), expected['logits'], 1e-4)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from helpers import QUICK, TINY
 
+import checkpoint
 import plan as program
-from checkpoint import load
 from instruments.planning import compiled
 from instruments.planning import plan as planning
 from instruments.planning.compiled import CompiledStep
@@ -98,7 +98,7 @@ def test_a_host_holds_what_loading_needs_or_two_copies_of_its_part_of_an_array()
     """
     assert program.host_bytes(MODELS['3b'], setting().mesh) == 2 * 4 * 26 * 3200 * 8640
     one_layer, mesh = dataclasses.replace(MODELS['3b'], num_hidden_layers=1), setting('8,1,1').mesh
-    assert program.host_bytes(one_layer, mesh) == load.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
+    assert program.host_bytes(one_layer, mesh) == checkpoint.source.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
 
 
 @pytest.mark.parametrize('message, needed, available', [

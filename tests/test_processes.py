@@ -207,7 +207,7 @@ def saves_and_restores(directory, arrays, outcome):
     read = []
     verify = native._verify
     native._verify = lambda path, manifest, names: (read.extend(names), verify(path, manifest, names))
-    restored = native.restore(directory, None, targets)
+    restored = native.Step(directory).restore(targets)
     for name, array in arrays.items():
         for a, b in zip(array.addressable_shards, restored[name].addressable_shards, strict=True):
             assert np.array_equal(a.data, b.data) and a.index == b.index, name
@@ -228,15 +228,16 @@ def test_one_checkpoint_of_two_processes_is_read_by_one_and_by_four(tmp_path):
     expected = {name: value for name, (value, *_) in contents().items()}
     targets = {name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(
         make_mesh('2,1,4'), P(None, 'mp') if value.ndim else P())) for name, value in expected.items()}
-    restored = native.restore(directory, None, targets)
+    restored = native.Step(directory).restore(targets)
     assert all(equal_bits(restored[name], value) for name, value in expected.items())
-    assert native.read_meta(directory) == {'cursor': 5} and native.read_file(directory, 2, 'tokenizer.model') == b'abc'
-    files = native.read_manifest(directory)['files']
+    step = native.Step(directory)
+    assert step.meta == {'cursor': 5} and step.read_file('tokenizer.model') == b'abc'
+    files = step.files
     arrays = {name for name in files if name.startswith('arrays/')}
     assert verified[0] | verified[1] == arrays and all(len(part) < len(arrays) for part in verified)
     (directory / 'step_00000002').rename(tmp_path / 'kept')
     workers(tmp_path, 4, 2, saves_and_restores)
-    assert native.read_manifest(directory)['files'] == files
+    assert native.Step(directory).files == files
 
 
 def fails_on_one(directory, arrays, outcome):

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+import checkpoint
 import train
-from checkpoint import load, native
+from checkpoint import native
 from model.config import MODELS, LlamaConfig, named_config
 from model.partition import make_mesh
 from program import flags
@@ -78,10 +79,10 @@ def test_resume_equals_uninterrupted(golden, tmp_path):
     keys = ('step', 'loss', 'gradient_norm', 'param_norm', 'dataset_file_loc')
     a, b = ([[row[key] for key in keys] for row in metrics(tmp_path / name)] for name in ('whole', 'parts'))
     assert a == b and len(a) == 5
-    names = native.read_manifest(tmp_path / 'whole', 5)['arrays']
+    names = native.Step(tmp_path / 'whole', 5).arrays
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = lambda entry: jax.ShapeDtypeStruct(entry['shape'], entry['dtype'], sharding=device)
-    a, b = (native.restore(tmp_path / name, 5, {key: target(entry) for key, entry in names.items()})
+    a, b = (native.Step(tmp_path / name, 5).restore({key: target(entry) for key, entry in names.items()})
             for name in ('whole', 'parts'))
     assert len(names) == 3 * 12 + 2 + 12
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -234,7 +235,7 @@ def test_random_weights_make_room_for_the_tokenizer(golden, tmp_path):
     small = ['--llama.vocab_size=600', '--llama.hidden_size=64', '--llama.num_attention_heads=4',
              '--llama.num_hidden_layers=1', '--llama.intermediate_size=64']
     run(*small, *[flag for flag in easylm_flags(golden, tmp_path) if '--load_' not in flag], '--total_steps=1')
-    sizes = native.read_meta(tmp_path)['model']
+    sizes = native.Step(tmp_path).meta['model']
     assert (sizes['vocab_size'], sizes['bos_token_id'], sizes['eos_token_id']) == (640, 1, 2)
 
 
@@ -282,7 +283,7 @@ def test_easylm_format_writes_what_easylm_and_our_own_flags_read(golden, tmp_pat
     sizes = named_config(f'json::{tmp_path}/easylm/metadata.json')
     mesh = make_mesh('1,8,1')
     specs = (f'params::{tmp_path}/easylm/streaming_params', str(tmp_path / 'native'))
-    jax.tree.map(np.testing.assert_array_equal, *(load.load_params(spec, sizes, mesh) for spec in specs))
+    jax.tree.map(np.testing.assert_array_equal, *(checkpoint.open(spec).load_params(sizes, mesh) for spec in specs))
     run(*easylm_flags(golden, tmp_path / 'end'), '--total_steps=2', '--checkpointer.format=easylm',
         '--save_milestone_freq=2')
     assert (tmp_path / 'end/streaming_params').is_file()  # the end of a run has its name, milestone or not
