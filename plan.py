@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoint import load
+from checkpoint import source
 from checkpoint.writing import appears_whole
 from data.batches import Batch
 from instruments.kernel_time.static_times import flash_times
@@ -33,13 +33,14 @@ from instruments.planning.plan import Plan, Setting
 from instruments.tpu import compile as tpu_compile
 from kernels import chips
 from mistake import Mistake
-from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
-from model.partition import make_mesh
+from model.partition import DTYPES, make_mesh
+from model.remat import remat_policy
+from model.weights import WeightSpec, abstract_params, check_divisible, weight_specs
 from program import flags, parse
 from serving.engine import BatchRows, Engine, check_batch_size, check_lengths
-from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
+from training.state import abstract_batch
 
 ROOT = pathlib.Path(__file__).parent
 # what a row follows from, beside its flags
@@ -92,7 +93,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     update = parse.literals('update_llama_config', config.update_llama_config)
     remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     for policy in filter(None, remat.values()):
-        llama.remat_policy(policy)  # raises for one that is not known
+        remat_policy(policy)  # raises for one that is not known
     sizes = updated(named_config(config.load_llama_config), update, source='update_llama_config')
     return sizes, Compute(config.dtype, config.attention or 'pallas', config.reduce_gradients, **remat)
 
@@ -106,7 +107,7 @@ def wanted_meshes(config, sizes: LlamaConfig, devices: list[jax.Device]) -> list
     """--mesh_dim, or all that divide model and batch; the others are printed with the reason."""
     if config.mesh_dim:
         mesh = make_mesh(config.mesh_dim, devices)
-        llama.check_divisible(sizes, mesh)
+        check_divisible(sizes, mesh)
         if not config.largest_batch:
             planning.check_rows(config.batch_size, mesh)
         return [planning.mesh_dim_of(mesh)]
@@ -127,7 +128,7 @@ def hyperparameters(options) -> Hyperparameters:
 
 
 def parameters(sizes: LlamaConfig) -> int:
-    return sum(spec.size for spec in load.specs_of(sizes))
+    return sum(spec.size for spec in jax.tree.leaves(weight_specs(sizes)))
 
 
 # ---------------------------------------------------------------- one mesh
@@ -137,7 +138,7 @@ def plan_training(config, sizes: LlamaConfig, compute: Compute, mesh: Mesh, chip
                   batch_size: int) -> Plan:
     setting = Setting(sizes, compute, hyperparameters(config.optimizer), config.optimizer.accumulate_gradient_steps,
                       mesh)
-    batch = step.abstract_batch(mesh, batch_size, config.seq_length, segments=config.segments)
+    batch = abstract_batch(mesh, batch_size, config.seq_length, segments=config.segments)
     return planning.plan_train(setting, batch, chip, usable, lambda name: kernel_times(setting, batch, chip)[
         'backward' if 'flash_backward' in name else 'forward'])
 
@@ -148,7 +149,7 @@ def kernel_times(setting: Setting, batch: Batch, chip: chips.Chip) -> dict[str, 
     sizes, mp = setting.config, setting.mesh.shape['mp']
     return flash_times(chip.name, B=rows // planning.rows_unit(setting.mesh), T=length,
                        H=sizes.num_attention_heads // mp, K=max(1, sizes.num_key_value_heads // mp), D=sizes.head_dim,
-                       dtype=llama.DTYPES[setting.compute.dtype].__name__, segments=int(batch.segments_BT is not None))
+                       dtype=DTYPES[setting.compute.dtype].__name__, segments=int(batch.segments_BT is not None))
 
 
 class Vocabulary(NamedTuple):
@@ -165,8 +166,8 @@ def plan_decoding(config, sizes: LlamaConfig, compute: Compute, mesh: Mesh, chip
     cache and the long one) and decode.  Memory is that of the hungriest, the time that of a token of decode.
     """
     check_batch_size(batch_size, mesh)
-    dtype, spec = llama.DTYPES[compute.dtype], jax.ShapeDtypeStruct
-    weights = jax.tree.map(lambda x: spec(x.shape, dtype, sharding=x.sharding), llama.abstract_params(sizes, mesh))
+    dtype, spec = DTYPES[compute.dtype], jax.ShapeDtypeStruct
+    weights = jax.tree.map(lambda x: spec(x.shape, dtype, sharding=x.sharding), abstract_params(sizes, mesh))
     engine = Engine(None, sizes, compute, Vocabulary(sizes.vocab_size, sizes.bos_token_id, sizes.eos_token_id), mesh,
                     batch_size=batch_size, input_length=config.seq_length // 2, seq_length=config.seq_length)
     parts = dict(parameters=planning.device_bytes(weights))
@@ -205,15 +206,16 @@ def host_devices(mesh: Mesh) -> list[jax.Device]:
 
 
 def host_bytes(sizes: LlamaConfig, mesh: Mesh) -> int:
-    """What loading (checkpoint/load.py) or saving takes of a host at most, one process on each.
+    """What loading (checkpoint/source.py) or saving takes of a host at most, one process on each.
 
     Saving (checkpoint/native.py) holds the host's part of one array, all layers of it, and what is on its way to disk.
     """
-    def part(spec: llama.WeightSpec) -> int:  # no part is held twice
+    def part(spec: WeightSpec) -> int:  # no part is held twice
         pieces = min(len(host_devices(mesh)), math.prod(mesh.shape[axis] for axis in spec.axes))
         return spec.size // math.prod(mesh.shape[axis] for axis in spec.axes) * pieces
 
-    return max(load.host_bytes(sizes, mesh), 2 * 4 * max(part(spec) for spec in load.specs_of(sizes)))
+    largest = max(part(spec) for spec in jax.tree.leaves(weight_specs(sizes)))
+    return max(source.host_bytes(sizes, mesh), 2 * 4 * largest)
 
 
 # ---------------------------------------------------------------- the result

@@ -144,6 +144,14 @@ def _read_mesh_dim(mesh_dim: str, text: str) -> tuple[tuple[str, ...], list[int]
     return tuple(names), sizes
 
 
+def check_rows(rows: int, mesh: Mesh, flag: str) -> None:
+    """Raise Mistake naming `flag` unless every device gets the same number of rows, at least one."""
+    devices = mesh.shape['dp'] * mesh.shape['fsdp']
+    if rows < 1 or rows % devices:
+        raise Mistake(f'{flag}={rows} must be divisible by dp*fsdp={devices} of the mesh {dict(mesh.shape)}: change it '
+                      'or --mesh_dim')
+
+
 def factorizations(devices: int) -> list[str]:
     """List every --mesh_dim of so many devices, as 'dp,fsdp,mp'."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]

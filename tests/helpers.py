@@ -9,6 +9,7 @@ from model import llama, loss
 from model.cache import init_cache
 from model.config import Compute, LlamaConfig
 from model.partition import BATCH, make_mesh
+from model.weights import partitions
 
 # 8 query heads over 2 key/value heads: every mesh of 8 devices divides it, and mp = 8 shares each key/value head
 TINY = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
@@ -25,7 +26,7 @@ def one_device():
 
 def on_mesh(function, config, mesh, *outputs):
     """jit(shard_map) of `function(params, *arrays)`: arrays are split by row, outputs as given (default: by row)."""
-    specs = llama.partitions(config)
+    specs = partitions(config)
 
     def call(params, *arrays):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=(specs, *[BATCH] * len(arrays)),

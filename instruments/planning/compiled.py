@@ -11,7 +11,7 @@ from instruments.planning import plan as planning
 from instruments.planning.plan import Plan, Setting
 from kernels import chips
 from mistake import Mistake
-from training import step
+from training.state import abstract_batch
 
 
 class CompiledStep:
@@ -26,6 +26,7 @@ class CompiledStep:
     def __init__(self, setting: Setting, describe: Callable[[str], None],
                  wait_for_all: Callable[[], object] = lambda: None):
         self._setting, self._describe, self._wait_for_all, self.programs = setting, describe, wait_for_all, {}
+        self.compile_seconds = 0.0
 
     def __call__(self, state, batch: Batch):
         shape = tuple(x.shape for x in jax.tree.leaves(batch))
@@ -45,6 +46,7 @@ class CompiledStep:
         began = time.perf_counter()
         compiled = self._setting.lower(batch, state).compile()
         seconds = time.perf_counter() - began
+        self.compile_seconds += seconds
         rows, length = batch.tokens_BT.shape
         lines = [f'compiled the step for {rows} x {length} tokens in {seconds:.1f} s']
         self._describe('\n'.join(lines + self._summary(compiled, abstract(batch))))
@@ -97,7 +99,7 @@ def nearest(setting: Setting, batch: Batch, describe: Callable[[str], None]) -> 
 def resized(batch: Batch, rows: int, setting: Setting) -> Batch:
     """The shapes of `batch` with another number of rows, on the mesh of `setting`."""
     positions = None if batch.loss_positions_BP is None else batch.loss_positions_BP.shape[1]
-    return step.abstract_batch(setting.mesh, rows, batch.tokens_BT.shape[1], positions,
+    return abstract_batch(setting.mesh, rows, batch.tokens_BT.shape[1], positions,
                                segments=batch.segments_BT is not None)
 
 

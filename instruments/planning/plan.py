@@ -34,11 +34,12 @@ from instruments.tpu.collectives import bytes_by_axis, collectives
 from instruments.tpu.estimate import Estimate, estimate
 from kernels.chips import Chip
 from mistake import Mistake
-from model import llama
 from model.config import Compute, LlamaConfig
 from model.partition import AXES, BATCH, factorizations, make_mesh
+from model.weights import abstract_params, check_divisible, partitions
 from training import step
 from training.optimizer import Hyperparameters
+from training.state import TrainState, abstract_state
 
 LEAST_MEMORY = 'nothing_saveable'
 TIE = 0.03  # estimates closer than this say nothing: the mesh that needs less memory is taken
@@ -53,9 +54,9 @@ class Setting(NamedTuple):
     accumulate: int
     mesh: Mesh
 
-    def lower(self, batch: Batch, state: step.TrainState | None = None) -> jax.stages.Lowered:
+    def lower(self, batch: Batch, state: TrainState | None = None) -> jax.stages.Lowered:
         """The step for arrays or ShapeDtypeStructs; for a described TPU as for one that is there."""
-        state = state or step.abstract_state(self.config, self.hyper, self.accumulate, self.mesh)
+        state = state or abstract_state(self.config, self.hyper, self.accumulate, self.mesh)
         with jax.set_mesh(self.mesh):  # tells Pallas which chip it lowers for
             return step.make_train_step(*self).lower(state, batch)
 
@@ -109,7 +110,7 @@ def valid_meshes(config: LlamaConfig, devices: int, batch_size: int) -> tuple[li
     for mesh_dim in factorizations(devices):
         mesh = AbstractMesh(tuple(int(size) for size in mesh_dim.split(',')), AXES)
         try:
-            llama.check_divisible(config, mesh)
+            check_divisible(config, mesh)
             check_rows(batch_size, mesh)
         except ValueError as error:
             invalid[mesh_dim] = str(error)
@@ -140,7 +141,7 @@ def plan_train(setting: Setting, batch: Batch, chip: Chip | None, usable: int | 
     """Compiles the step and says what it needs; a program that does not fit is a Plan too.
 
     Args:
-      batch: of ShapeDtypeStructs (step.abstract_batch).
+      batch: of ShapeDtypeStructs (abstract_batch).
       chip: None where it is not known: then times are not estimated.
       usable: bytes of a device that programs may use (`usable_hbm`); None: no limit is known.
       kernel_seconds: of the Pallas kernels by HLO name, as tpu.estimate.estimate takes them.
@@ -158,7 +159,7 @@ def plan_train(setting: Setting, batch: Batch, chip: Chip | None, usable: int | 
 
 def uncompiled(setting: Setting, batch: Batch, usable: int | None) -> Plan:
     """What is known without compiling; it does not fit when the state alone is too large."""
-    state = step.abstract_state(setting.config, setting.hyper, setting.accumulate, setting.mesh)
+    state = abstract_state(setting.config, setting.hyper, setting.accumulate, setting.mesh)
     parameters = device_bytes(state.params)
     parts = dict(parameters=parameters, optimizer=device_bytes(state) - parameters,
                  activations=kept_bytes(setting, batch))
@@ -225,9 +226,9 @@ def kept_bytes(setting: Setting, batch: Batch) -> int:
         return ()
 
     with jax.set_mesh(setting.mesh):
-        specs = llama.partitions(setting.config), BATCH
+        specs = partitions(setting.config), BATCH
         jax.eval_shape(jax.shard_map(forward, mesh=setting.mesh, in_specs=specs, out_specs=()),
-                       llama.abstract_params(setting.config, setting.mesh), batch)
+                       abstract_params(setting.config, setting.mesh), batch)
     return kept
 
 
