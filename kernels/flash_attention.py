@@ -83,7 +83,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.tiles import Plan, Tiles, make_plan, vmem_bytes
+from kernels.tiles import FlashPlan, Tiles, make_plan, vmem_bytes
 
 Array = jax.Array
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
@@ -95,7 +95,7 @@ PLAIN, BY_ROWS, BY_COLUMNS = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # x y, x 
 # ---------------------------------------------------------------- the order of the grid
 
 
-def squares(plan: Plan, segments_BT: Array | None, by_query: bool) -> tuple[Array, ...]:
+def squares(plan: FlashPlan, segments_BT: Array | None, by_query: bool) -> tuple[Array, ...]:
     """The grid's last dimension p: squares of the score matrix, in turn; tables for scalar prefetch.
 
     own_P1      the query block (backward: the key block) whose results are being summed; it grows.  Its first square
@@ -125,7 +125,7 @@ def squares(plan: Plan, segments_BT: Array | None, by_query: bool) -> tuple[Arra
     return *tables, fetched_BP.reshape(-1), needed_BP.reshape(-1).astype(jnp.int32)
 
 
-def square_of_step(plan: Plan, tables):
+def square_of_step(plan: FlashPlan, tables):
     """Own block, other block, the one that is held in its place; on the diagonal? off it and needed? its own's last?"""
     if plan.n == 1:
         return 0, 0, 0, True, False, True
@@ -140,7 +140,7 @@ def square_of_step(plan: Plan, tables):
 # ---------------------------------------------------------------- inside the kernels
 
 
-def dot(x: Array, y: Array, dims, plan: Plan) -> Array:
+def dot(x: Array, y: Array, dims, plan: FlashPlan) -> Array:
     """A matrix product summed in float32; float32 operands are multiplied in six passes of bfloat16."""
     precision = lax.Precision.HIGHEST if plan.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(x, y, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32)
@@ -167,7 +167,7 @@ def hide(s_ST: Array, offset: int | None, key_ids_S1: Array | None, query_ids_1T
     return s_ST if key_ids_S1 is None else jnp.where(key_ids_S1 == query_ids_1T, s_ST, HIDDEN)
 
 
-def fill_tail(plan: Plan, block, *fills) -> None:
+def fill_tail(plan: FlashPlan, block, *fills) -> None:
     """Overwrite what a block holds behind position T: HBM has nothing there, VMEM anything, and 0 * NaN is NaN.
 
     fills: (ref, axis of the positions, value).
@@ -184,7 +184,7 @@ def fill_tail(plan: Plan, block, *fills) -> None:
 # ---------------------------------------------------------------- forward
 
 
-def flash_forward(*refs, plan: Plan) -> None:
+def flash_forward(*refs, plan: FlashPlan) -> None:
     """One square of scores: tables | q, k, v, segment ids | o, lse | m, l and o_DT so far (where T > R)."""
     tables, (q_ref, k_ref, v_ref), ids, (o_ref, lse_ref, *scratch) = split(refs, plan, 3)
     own, other, held, on_diagonal, off_diagonal, last = square_of_step(plan, tables)
@@ -285,7 +285,7 @@ def flash_forward(*refs, plan: Plan) -> None:
 # ---------------------------------------------------------------- backward
 
 
-def flash_backward(*refs, plan: Plan, scale: float) -> None:
+def flash_backward(*refs, plan: FlashPlan, scale: float) -> None:
     """One square: tables | q, k, v, do, lse, D_i, segment ids | dq, dk, dv | the sums dq_DT, dk, dv of the row."""
     tables, (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), ids, results = split(refs, plan, 6)
     dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = results
@@ -372,7 +372,7 @@ def flash_backward(*refs, plan: Plan, scale: float) -> None:
 # ---------------------------------------------------------------- the calls
 
 
-def split(refs, plan: Plan, inputs: int):
+def split(refs, plan: FlashPlan, inputs: int):
     """(tables, inputs, segment ids of queries and keys, outputs and scratch) of a kernel's references."""
     tables = 0 if plan.n == 1 else 4 if plan.segments else 2
     ids = tables + inputs + 2 * plan.segments
@@ -382,7 +382,7 @@ def split(refs, plan: Plan, inputs: int):
 class Blocks:
     """BlockSpecs of one kernel over the grid (row, key/value heads, pass, square)."""
 
-    def __init__(self, plan: Plan, by_query: bool):
+    def __init__(self, plan: FlashPlan, by_query: bool):
         heads, kv_heads, R, D, passes = plan.tiles.heads, plan.kv_heads, plan.R, plan.D, plan.passes
 
         def own(b, p, tables):
@@ -429,7 +429,7 @@ def call(kernel, plan, backward, segments_BT, inputs, in_specs, outputs, out_spe
             vmem_limit_bytes=vmem_bytes(plan, backward)))(*tables, *inputs, *ids)
 
 
-def forward(q_BHTD, k_BKSD, v_BKSD, segments_BT, plan: Plan, interpret) -> list[Array]:
+def forward(q_BHTD, k_BKSD, v_BKSD, segments_BT, plan: FlashPlan, interpret) -> list[Array]:
     """[o_BHTD, lse_BH1T] for q times scale * log2(e)."""
     specs, heads, R = Blocks(plan, by_query=True), plan.tiles.heads, plan.R
     return call(functools.partial(flash_forward, plan=plan), plan, False, segments_BT, (q_BHTD, k_BKSD, v_BKSD),
@@ -438,7 +438,7 @@ def forward(q_BHTD, k_BKSD, v_BKSD, segments_BT, plan: Plan, interpret) -> list[
                 [specs.query, specs.row], [(heads, 1, R), (heads, 1, R), (heads, plan.D, R)] * (plan.n > 1), interpret)
 
 
-def backward(q_BHTD, k_BKSD, v_BKSD, do_BHTD, lse_BH1T, delta_BH1T, segments_BT, plan: Plan, scale, interpret):
+def backward(q_BHTD, k_BKSD, v_BKSD, do_BHTD, lse_BH1T, delta_BH1T, segments_BT, plan: FlashPlan, scale, interpret):
     """[dq_BHTD of the q before scaling, dk_BKSD, dv_BKSD]."""
     specs, D, T = Blocks(plan, by_query=False), plan.D, plan.n * plan.R
     return call(functools.partial(flash_backward, plan=plan, scale=scale), plan, True, segments_BT,

@@ -34,7 +34,7 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FlashPlan:
     """What is static in one kernel: sizes (letters as in the file's docstring), tiles, and what follows from them."""
     B: int
     T: int
@@ -92,7 +92,7 @@ def possible_heads(H: int, K: int) -> list[int]:
     return [h for h in range(1, H + 1) if H % h == 0 and ((H // K) % h == 0 or h % (H // K) == 0)]
 
 
-def vmem_bytes(plan: Plan, backward: bool) -> int:
+def vmem_bytes(plan: FlashPlan, backward: bool) -> int:
     """An upper bound of the VMEM that a kernel takes; it is compiled with this as its limit."""
     lanes, item = pl.cdiv(plan.D, 128) * 128, plan.dtype.itemsize
     heads, kv_heads, R, T = plan.tiles.heads, plan.kv_heads, plan.R, plan.n * plan.R
@@ -111,7 +111,7 @@ def vmem_bytes(plan: Plan, backward: bool) -> int:
     return 2 * (windows + 2 * ids * plan.segments) + sums + min(scores, R * R) * size * item // 2 + MIB
 
 
-def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool, tiles, interpret) -> Plan:
+def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool, tiles, interpret) -> FlashPlan:
     """The plan of a kernel, with the tiles given, or the device's tuned ones, made smaller until they fit it.
 
     sizes: B, T, H, K, D.  The device is that of the mesh that is compiled for, else the process's first.
@@ -120,7 +120,7 @@ def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool,
       ValueError: the tiles do not fit the sizes, no tiles are known for the device, or VMEM cannot hold so long a row.
     """
     if tiles is not None:
-        return Plan(*sizes, causal, segments, dtype, tiles[backward])
+        return FlashPlan(*sizes, causal, segments, dtype, tiles[backward])
     kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
     try:
         chip = chips.find('v5e' if interpret else kind)
@@ -136,7 +136,7 @@ def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool,
         for heads in (h for h in reversed(possible_heads(H, K)) if h <= wanted.heads):
             smaller = dataclasses.replace(wanted, heads=heads, block=block, strip=min(wanted.strip, block),
                                           turn=min(wanted.turn, block))
-            plan = Plan(*sizes, causal, segments, dtype, smaller)
+            plan = FlashPlan(*sizes, causal, segments, dtype, smaller)
             if vmem_bytes(plan, backward) <= chip.vmem_bytes:
                 return plan
     raise ValueError(f'{T=} is too long for {chip.name}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '

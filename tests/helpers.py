@@ -13,7 +13,7 @@ from model.partition import BATCH, make_mesh
 
 
 def compiler_knows(options: dict) -> dict:
-    """Those of the options that this jaxlib's compiler has: jaxlib 0.11 has no other emitters than those for fusions."""
+    """Keep the options that this jaxlib's compiler has: jaxlib 0.11 has no emitters but those for fusions."""
     known = {}
     for name, value in options.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):

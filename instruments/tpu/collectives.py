@@ -113,7 +113,7 @@ MESH = rf"mesh\[(.*?)\](?:, device_ids=\((?:{IOTA}|([\d,]+))\))? \{{(.*?)\}}"
 
 
 def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
-    """[groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
+    """Read the groups [groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
 
     Written as {{0,1},{2,3}}, as an iota [2,2]<=[4] or transposed [2,2]<=[2,2]T(1,0), as axes of a mesh
     mesh['fsdp'=2,'mp'=2] {'mp'} (from jax 0.11 on), or {} for all in one group.
@@ -141,19 +141,23 @@ def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
 
 
 def along_axes(mesh: str, sizes: str | None, order: str | None, ids: str | None, axes: str) -> np.ndarray:
-    """The groups along some axes of a mesh: mesh "'fsdp'=2,'mp'=2", axes "'mp'"; ids are its devices, if not 0, 1, ..."""
+    """Group the devices of a mesh along axes: mesh "'fsdp'=2,'mp'=2", axes "'mp'".
+
+    The devices are 0, 1, 2, ..., or those numbers transposed (`sizes`, `order`, as in `places`), or listed (`ids`).
+    """
     shape = {name.strip("'"): int(size) for name, size in (axis.split('=') for axis in mesh.split(','))}
     names, grouped = list(shape), [axis.strip("'") for axis in axes.split(',') if axis]
     if not set(grouped) <= set(names):
         raise ValueError(f'groups along {axes} of mesh[{mesh}] cannot be read: a part of an axis is not known here')
-    devices = np.array(numbers(ids)) if ids else places(sizes, order) if sizes else np.arange(np.prod([*shape.values()]))
+    total = int(np.prod([*shape.values()]))
+    devices = np.array(numbers(ids)) if ids else places(sizes or str(total), order)
     last = [names.index(axis) for axis in grouped]
     grid = np.moveaxis(devices.reshape([*shape.values()]), last, range(-len(last), 0))
     return grid.reshape(-1, int(np.prod([shape[axis] for axis in grouped])))
 
 
 def places(sizes: str, order: str | None) -> np.ndarray:
-    """0, 1, 2, ... in an array of these sizes, transposed if there is an order."""
+    """Lay 0, 1, 2, ... out in an array of these sizes, '2,2', and transpose it if there is an order."""
     shape = numbers(sizes)
     return np.arange(np.prod(shape)).reshape(shape).transpose(numbers(order) if order else None)
 
