@@ -275,8 +275,8 @@ def test_out_of_memory_names_the_nearest_plan_that_fits(monkeypatch):
 
 
 def test_the_remedy_names_flags_that_have_an_effect(monkeypatch):
-    """The rows' flag is that of the data set's kind, and what the plan that fits does not keep is switched off: given the
-    flags, train.py has that plan.
+    """The rows' flag is that of the data set's kind, and what the plan that fits does not keep is switched off: from
+    these flags train.py has that plan.
     """
     monkeypatch.setattr(one_mesh, 'plan_train', lambda other, batch, *_: dataclasses.replace(
         plan(), fits=batch.tokens_BT.shape[0] == 2))
