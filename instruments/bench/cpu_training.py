@@ -31,9 +31,10 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from data.batches import Batch
+from instruments.bench import command_line
 from mistake import Mistake
 from model import llama
 from model.config import MODELS, Compute, LlamaConfig, config_from_dict, config_to_dict
@@ -192,10 +193,8 @@ def read_variants(xla_flags: str, variants: list[str]) -> dict[str, str]:
     return result
 
 
-def main(argv):
+def main() -> None:
     flag = flags.FLAGS
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
     if flag.child:
         return child()
     variants = read_variants(flag.xla_flags, flag.variant)
@@ -239,4 +238,4 @@ if __name__ == '__main__':
     flags.DEFINE_multi_string('variant', [], 'NAME:XLA_FLAGS, ours once more with other flags; may be repeated')
     flags.DEFINE_string('output', '', 'JSON file of the result; empty: none')
     flags.DEFINE_boolean('child', False, 'the program starts itself so: our side, told what to do on stdin')
-    app.run(main)
+    command_line.run(main)

@@ -25,6 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels import chips
+from mistake import Mistake
 
 # there is no TPU and no metadata server to ask; several compiling processes do not harm each other
 ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
@@ -62,10 +63,11 @@ def prepare(schedules: bool = False) -> None:
     """Set up libtpu's environment, once a process; with `schedules`, kernels' schedules are written while compiling.
 
     Raises:
-      ValueError: libtpu is not installed, or it was loaded without schedules and they are wanted now.
+      Mistake: libtpu is not installed.
+      ValueError: it was loaded without schedules and they are wanted now.
     """
     if importlib.util.find_spec('libtpu') is None:
-        raise ValueError("libtpu is not installed: the TPU compiler is in it; pip install -e '.[tpu]'")
+        raise Mistake("libtpu is not installed: the TPU compiler is in it; pip install -e '.[tpu]'")
     if schedules and library.schedules is None:
         if library.loaded:
             raise ValueError(f'{schedules=} is too late, libtpu is loaded and will not write them: '
@@ -80,10 +82,10 @@ def prepare(schedules: bool = False) -> None:
 
 
 def devices(name: str) -> list[jax.Device]:
-    """The devices of a slice ('v5e:4x8'), or of a chip's small default slice ('v5e'), to compile for.
+    """Describe the devices of a slice ('v5e:4x8'), or of a chip's small default slice ('v5e'), to compile for.
 
     Raises:
-      ValueError: no such chip, or libtpu knows no such slice; the message lists them.
+      Mistake: no such chip, or libtpu knows no such slice; the message lists them.
     """
     chip = chips.find(name)
     prepare()
@@ -94,8 +96,8 @@ def devices(name: str) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **single, **megacore).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f'{topology=} is no slice that libtpu knows ({error}); those of {chip.name}: '
-                         f'{", ".join(chips.topologies(chip))}') from error
+        raise Mistake(f'{topology=} is no slice that libtpu knows ({error}); those of {chip.name}: '
+                      f'{", ".join(chips.topologies(chip))}') from error
 
 
 def mesh(name: str, sizes: tuple[int, ...] = (1,), axes: tuple[str, ...] = ('x',)) -> Mesh:
