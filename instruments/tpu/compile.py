@@ -35,7 +35,7 @@ KEPT = ('-packed-bundles-post-ra.txt', '-pre-delay_hlo-static-per-bundle-utiliza
 
 @dataclasses.dataclass
 class Library:
-    """What this process has done to libtpu: nothing, prepared the environment, loaded it."""
+    """Remember what this process has done to libtpu: nothing, prepared the environment, loaded it."""
     prepared: bool = False
     loaded: bool = False
     schedules: pathlib.Path | None = None
@@ -46,7 +46,7 @@ library = Library()
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are those of one device."""
+    """Hold what the compiler says of a program; bytes are those of one device."""
     chip: chips.Chip
     text: str  # optimised HLO
     argument_bytes: int
@@ -101,7 +101,7 @@ def devices(name: str) -> list[jax.Device]:
 
 
 def mesh(name: str, sizes: tuple[int, ...] = (1,), axes: tuple[str, ...] = ('x',)) -> Mesh:
-    """A mesh over a slice's devices, in libtpu's order; by default over one of them."""
+    """Make a mesh over a slice's devices, in libtpu's order; by default over one of them."""
     if len(sizes) != len(axes):
         raise ValueError(f'{sizes=} and {axes=} must have the same length')
     found = devices(name)
@@ -112,7 +112,7 @@ def mesh(name: str, sizes: tuple[int, ...] = (1,), axes: tuple[str, ...] = ('x',
 
 
 def abstract(tree, sharding) -> jax.ShapeDtypeStruct:
-    """The shapes and types of arrays (or of shapes), placed; those with a sharding of their own keep it."""
+    """Take the shapes and types of arrays (or of shapes), placed; those with a sharding of their own keep it."""
     def place(x):
         own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None else sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
