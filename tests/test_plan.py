@@ -495,9 +495,9 @@ def test_every_mesh_of_a_small_slice_is_planned_and_one_chosen(tmp_path):
 
 @pytest.mark.libtpu
 def test_usable_memory_is_what_libtpu_says():
-    """GiB of a chip; on a CPU there is no limit."""
+    """GiB of a chip, which differ by a hundredth between versions of libtpu; on a CPU there is no limit."""
     found = {name: usable_hbm(make_mesh('1,-1,1', tpu_compile.devices(name))) / GIB for name in chips.CHIPS}
-    assert found == pytest.approx(dict(v4=30.75, v5e=15.75, v5p=95.74, v6e=31.25, v7x=94.75))
+    assert found == pytest.approx(dict(v4=30.75, v5e=15.75, v5p=95.74, v6e=31.25, v7x=94.75), abs=0.011)
     assert usable_hbm(setting().mesh) is None
 
 
