@@ -271,8 +271,8 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('
     Flag('optimizer.adamw_optimizer.lr', 0.01, 'learning rate after the warmup', above=0),
     Flag('optimizer.adamw_optimizer.end_lr', 0.001, 'learning rate at lr_decay_steps and after', least=0),
     Flag('optimizer.adamw_optimizer.lr_warmup_steps', 2000, 'optimizer steps of linear warmup', least=0),
-    Flag('optimizer.adamw_optimizer.lr_warmup_ratio', 0.0, "linear warmup as a part of the run's optimizer steps, in the "
-         'place of lr_warmup_steps; 0: lr_warmup_steps counts', least=0, below=1),
+    Flag('optimizer.adamw_optimizer.lr_warmup_ratio', 0.0, "linear warmup as a part of the run's optimizer steps, "
+         'in the place of lr_warmup_steps; 0: lr_warmup_steps counts', least=0, below=1),
     Flag('optimizer.adamw_optimizer.lr_decay_steps', 500000, 'optimizer step at which the cosine ends, warmup '
          'included; 0 for the last step of the run', least=0),
     Flag('optimizer.adamw_optimizer.b1', 0.9, 'decay of the first moment', least=0, below=1),
@@ -368,6 +368,7 @@ PLAN = (
     reduce_gradients=..., llama__remat_block=..., llama__remat_attention=..., llama__remat_mlp=..., optimizer__type=...,
     optimizer__accumulate_gradient_steps=..., optimizer__adamw_optimizer__multiply_by_parameter_scale=...,
     optimizer__adamw_optimizer__bf16_momentum=..., optimizer__palm_optimizer__bf16_momentum=...,
+    train_dataset__type=...,
 ) + (
     Flag('batch_size', 8, 'rows in a batch, over all devices',
          recipe=('train_dataset.json_dataset.batch_size', 'train_dataset.huggingface_dataset.batch_size'), least=1),
