@@ -1,4 +1,5 @@
 """The documents: printed commands are run, tables are those of the committed rows, and README is one page."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,10 +14,14 @@ import time
 import pytest
 
 from evaluation.accuracy import wilson_interval
+from instruments.bench import attention, shapes
 from instruments.documents import commands, figures
 from instruments.documents.commands import Failed, Runner, read_fences, run_fences
+from instruments.planning.one_mesh import MeshPlan
+from instruments.tpu.estimate import Estimate
 
 ROOT = pathlib.Path(__file__).parent.parent
+SMALL = shapes.AttentionShape(B=1, T=64, H=2, K=1, D=64)
 DOCUMENTS = [ROOT / name for name in commands.documents(ROOT)]
 SERVER = """
 import http.server, os, signal, sys
@@ -145,6 +150,20 @@ def test_rows_say_where_they_come_from(path):
     held = json.loads(path.read_text())
     assert held['rows']
     assert path.stem == 'easylm' or all(held[name] for name in ('command', 'machine', 'versions', 'date', 'commit'))
+
+
+def test_rows_have_the_names_that_the_tools_write():
+    """So that a new plan.py --output or rows.jsonl takes the place of what stands there; `model` and `topology` of the
+    larger plans are the table's own."""
+    read = {name: json.loads((ROOT / f'docs/figures/{name}.json').read_text()) for name in ('plans', 'kernels')}
+    plan, estimated = ({field.name for field in dataclasses.fields(x)} for x in (MeshPlan, Estimate))
+    for row in read['plans']['rows'] + read['plans']['larger'] + read['plans']['largest']:
+        assert set(row) - {'model', 'topology'} <= plan and set(row.get('estimate') or ()) <= estimated
+        assert set(row.get('parts', ())) <= {'parameters', 'optimizer', 'activations'}
+    for row in read['kernels']['rows']:
+        about = attention.describe(row['shape'], SMALL, row['kernel'], row['pass'], None, row['target'])
+        assert set(row) <= {*about, 'method', 'ms', 'bundles', 'hot'}
+        assert row['shape'] in {**shapes.ATTENTION, **shapes.DECODE} and row['kernel'] in attention.KERNELS
 
 
 def test_the_results_table_has_wilson_intervals_and_kernels_the_fastest_other():

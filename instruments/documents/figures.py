@@ -74,7 +74,7 @@ def kernels(figures: dict) -> str:
     best = best_rows(figures['rows'])
     chips = list(dict.fromkeys(target for _, _, target, _ in best))
     rows = []
-    for shape, pass_ in dict.fromkeys((shape, pass_) for shape, pass_, _, _ in best):
+    for shape, pass_ in dict.fromkeys((shape, pass_) for shape, pass_, _, kernel in best if kernel == 'ours'):
         cells, code, their_code = [], [], []
         for chip in chips:
             mine, other = beside_the_best(best, shape, pass_, chip)
@@ -82,7 +82,7 @@ def kernels(figures: dict) -> str:
                       f'**{mine["ms"] / other["ms"]:.2f}**' if other else '']
             code.append(thousands(mine['bundles']))
             their_code += [thousands(other['bundles'])] if other else []
-        words = CASES[shape] + ('' if shape[0] == 'd' else f', {pass_}')
+        words = CASES.get(shape, shape) + ('' if shape[0] == 'd' else f', {pass_}')
         rows.append([words, *cells, ' / '.join(code) + (f' ({" / ".join(their_code)})' if their_code else '')])
     columns = [f'{chip} {name}'.strip() for chip in chips for name in ('ours', 'best shipped', 'ratio')]
     return table(['case', *columns, f'code, bundles {" / ".join(chips)} (best shipped)'], rows)
@@ -100,7 +100,7 @@ def thousands(count: int) -> str:
 
 def bound(figures: dict) -> str:
     """What binds the hottest part of the kernels, where a row says it."""
-    rows = [[CASES[row['shape']], row['pass'], row['target'], row['hot']['bound'],
+    rows = [[CASES.get(row['shape'], row['shape']), row['pass'], row['target'], row['hot']['bound'],
              ', '.join(f'{unit} {busy:.2f}' for unit, busy in row['hot']['units'].items())]
             for row in figures['rows'] if 'hot' in row and row['kernel'] == 'ours']
     return table(['case', 'pass', 'chip', 'bound by', 'busy part of the unit'], rows)
@@ -118,7 +118,7 @@ def plans(figures: dict) -> str:
     """One row a mesh; meshes that do not fit come last, with what their state alone needs."""
     rows, words = [], {figures['article']: " (the article's)", figures['chosen']: ' (chosen)'}
     for row in figures['rows']:
-        cells = [row['mesh_dim'] + words.get(row['mesh_dim'], ''), gib(sum(row['parts'].values()))]
+        cells = [row['mesh_dim'] + words.get(row['mesh_dim'], ''), gib(row['parts']['parameters'] + row['parts']['optimizer'])]
         if not row['fits']:
             rows.append([*cells, '', 'does not fit', '', '', '', '', ''])
             continue
