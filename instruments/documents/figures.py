@@ -118,7 +118,8 @@ def plans(figures: dict) -> str:
     """One row a mesh; meshes that do not fit come last, with what their state alone needs."""
     rows, words = [], {figures['article']: " (the article's)", figures['chosen']: ' (chosen)'}
     for row in figures['rows']:
-        cells = [row['mesh_dim'] + words.get(row['mesh_dim'], ''), gib(row['parts']['parameters'] + row['parts']['optimizer'])]
+        state = row['parts']['parameters'] + row['parts']['optimizer']
+        cells = [row['mesh_dim'] + words.get(row['mesh_dim'], ''), gib(state)]
         if not row['fits']:
             rows.append([*cells, '', 'does not fit', '', '', '', '', ''])
             continue
