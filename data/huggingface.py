@@ -48,13 +48,9 @@ class HuggingfaceReader:
             try:
                 tokens, loss_mask = self.processor(example)
             except ValueError as error:
-                self.bad(number, str(error))
+                refuse_or_count(self, number, str(error))
             else:
                 yield Record(tokens, loss_mask, number, number + 1, number)
-
-    def bad(self, index: int, problem: str) -> None:
-        """Refuse the example (Mistake) or count it."""
-        refuse_or_count(self, index, problem)
 
     def place(self, index: int) -> str:
         """Name the place of a record, for messages."""

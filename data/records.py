@@ -96,13 +96,9 @@ class RecordReader:
         """Yield the records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
         for line, (tokens, loss_mask, problem) in self._outcomes(raw_lines(self.path, start, index)):
             if line.problem or problem:
-                self.bad(line.index, line.problem or problem)
+                refuse_or_count(self, line.index, line.problem or problem)
             elif tokens is not None:
                 yield Record(tokens, loss_mask, line.start, line.end, line.index)
-
-    def bad(self, index: int, problem: str) -> None:
-        """Refuse the line (Mistake) or count it."""
-        refuse_or_count(self, index, problem)
 
     def place(self, index: int) -> str:
         """Name the place of a record, for messages."""

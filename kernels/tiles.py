@@ -120,11 +120,14 @@ def vmem_bytes(plan: Plan, backward: bool) -> int:
     return 2 * (windows + 2 * ids * plan.segments) + sums + min(scores, R * R) * size * item // 2 + MIB
 
 
+def device_kind() -> str:
+    """Name the kind of device that is compiled for: that of the mesh, which may be described only, or the first."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+
+
 def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, causal: bool, segments: bool,
               tiles: FlashTiles | None, interpret) -> Plan:
-    """Plan a kernel with the tiles given, or with the device's tuned ones, made smaller until they fit it.
-
-    The device is that of the mesh that is compiled for, else the process's first.
+    """Plan a kernel with the tiles given, or with the device's (`device_kind`) tuned ones, made smaller until they fit.
 
     Raises:
       ValueError: the tiles do not fit the sizes, no tiles are known for the device, or VMEM cannot hold so long a row.
@@ -132,7 +135,7 @@ def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, 
     with_tiles = functools.partial(Plan, B, T, H, K, D, causal, segments, dtype)
     if tiles is not None:
         return with_tiles(tiles.backward if backward else tiles.forward)
-    kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+    kind = device_kind()
     try:
         chip = chips.find('v5e' if interpret else kind)
     except ValueError as error:

@@ -210,8 +210,8 @@ class Engine:
             else:
                 outputs = self._generate_batch(batch, [first + i for i in chosen], temperature, budget)
             for i, output in zip(chosen, outputs, strict=True):
-                ids, truncated = encoded[i]
-                answers[i] = self._answer(output, len(ids), truncated)
+                (prompt, truncated), (ids, reason) = encoded[i], self._until_eos(output)
+                answers[i] = Generation(self._text(ids), ids, len(prompt), reason, truncated)
             progress(len(chosen))
         return answers
 
@@ -330,10 +330,6 @@ class Engine:
             raise RequestError(f'prefix_text[{index}] and text[{index}] have {len(before)} (with bos) and {len(after)} '
                                f'tokens: at most {self.seq_length + 1} together (seq_length + 1) can be scored')
         return before, after
-
-    def _answer(self, output: list[int], prompt_tokens: int, truncated: bool) -> Generation:
-        ids, reason = self._until_eos(output)
-        return Generation(self._text(ids), ids, prompt_tokens, reason, truncated)
 
     def _until_eos(self, output: list[int]) -> tuple[list[int], str]:
         """Split off (the tokens before EOS, finish_reason) of one row."""

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from instruments.tpu import compile as tpu_compile
+from instruments.tpu import slices
 from instruments.tpu.compile import compile_for
 from kernels import chips
 from kernels.chips import CHIPS
@@ -44,7 +45,7 @@ def test_schedules_are_asked_for_before_libtpu_is_loaded(monkeypatch):
 def test_every_listed_slice_is_known_to_libtpu(name):
     """As many devices as the name's sides multiply to, twice that on v7x, whose device is a core."""
     chip = CHIPS[name]
-    for topology in chips.topologies(chip):
+    for topology in slices.topologies(chip):
         found = tpu_compile.devices(topology)
         sides = [int(side) for side in topology.split(':')[1].split('x')]
         assert len(found) == np.prod(sides) * (2 if name == 'v7x' else 1), topology
