@@ -1,6 +1,6 @@
-"""Records from a data set that the `datasets` library loads: from the hub, or a local directory of jsonl or parquet.
+"""Read records from a data set that the `datasets` library loads: the hub's, or a local directory of jsonl or parquet.
 
-The same interface as records.RecordReader, for batches.py; a place is the index of an example, not a byte.
+The reader is used as records.RecordReader is; a place is the index of an example, not a byte.
 """
 import hashlib
 import json

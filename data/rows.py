@@ -1,7 +1,7 @@
-"""Records -> batches with one record a row, padded on the right to one of a few bucket lengths.
+"""Make batches with one record a row, padded on the right to one of a few bucket lengths.
 
-Only the positions that carry loss are listed, so that the network need not compute logits for the others.  Shuffled
-every epoch, each record once.  Neighbours: batches.py below; stream.py, the other way.
+Only the positions that carry loss are listed, so that the network need not compute logits for the others.  Rows are
+shuffled every epoch; each record comes once.  Neighbours: batches.py below; stream.py, the other way.
 """
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Records -> batches as EasyLM makes them: all records in file order form one stream of tokens.
+"""Make batches as EasyLM does: all records in file order form one stream of tokens.
 
 The stream is cut into batch_size rows of seq_length tokens; targets are the same stream one token later.  Records
 straddle rows, and attention crosses records.  Neighbours: batches.py below; rows.py, the other way.

@@ -1,4 +1,4 @@
-"""Text in, text or scores out: a batched engine of a few compiled programs.  Before: sampling.py; after: thread.py.
+"""Generate and score text in batches, with a few compiled programs.  Before: sampling.py; after: thread.py.
 
 Requests are sorted by length and cut into batches of `batch_size` rows (dummy rows fill the last one).  Prompts are
 padded on the right to a length bucket, 16 32 64 128 ..., so programs are few and padding is below a factor of two:
@@ -15,7 +15,7 @@ Each is one `jax.shard_map` over ('dp', 'fsdp', 'mp'): rows split over dp and fs
 are compiled ahead of use and kept (`compilations` counts them): a shape seen before, or warmed up, never waits again.
 
 EasyLM's server pads on the left behind one bos, with positions that skip the padding: the sequence is the one we pad on
-the right.  Only for a text without any prefix the padding matters there, and here: see `_first_token`.
+the right.  The padding matters only to a text without any prefix, there and here: see `_first_token`.
 """
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -250,7 +250,8 @@ class Engine:
                       progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
         """Score each pair: (log-likelihood of text after prefix in nats, whether greedy decoding would give that text).
 
-        Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.
+        Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.  Greedy
+        decoding chooses no id that only pads the vocabulary, though the likelihoods are those among all ids.
         Several texts of one token after the same prefix cost no more than one of them.  A text of no tokens has
         likelihood 1 and is greedy.  The first token of a text without prefix: see `_first_token`.
         Raises RequestError for a pair longer than seq_length, FloatingPointError for a score that is not finite.
@@ -524,8 +525,8 @@ class Engine:
     def warm_up(self, programs: tuple[str, ...] = PROGRAMS) -> Iterator[None]:
         """Compile, without running, every program that a request of the named kinds can need; yields after each.
 
-        Of loglikelihood, those for texts of up to SMALLEST_TEXT tokens; longer texts, and rolling ones, compile when
-        they come.
+        loglikelihood compiles for texts of up to SMALLEST_TEXT tokens; programs of longer texts, and of rolling ones,
+        compile when these come.
         """
         B, shape = self.batch_size, jax.ShapeDtypeStruct
         rows = BatchRows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
