@@ -24,7 +24,7 @@ from data.stream import PackedStream
 from data.text_processor import TextProcessor
 from hosts import processes, start
 from instruments.planning.compiled import CompiledStep
-from instruments.planning.plan import Setting
+from instruments.planning.one_mesh import Setting
 from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy

@@ -44,7 +44,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.decode_walk import LANES, Walk, tile_rows
+from kernels.decode_walk import LANES, RingWalk, tile_rows
 
 LOG2E = 1.4426950408889634
 HIDDEN = -1e30  # score of a slot past the length; finite, since -inf - -inf is NaN
@@ -124,8 +124,8 @@ def kernel(*refs, scale, paged, quantized, capacity):
     E = spread_ref.shape[1]
     begin = pl.program_id(0) * sequences
     end = jnp.minimum(begin + sequences, lengths_ref.shape[0])
-    walk = Walk(lengths_ref, table_ref, caches, factors_ref, ring_ref, factors_ring_ref, arrived, layer_ref[0], begin,
-                end, capacity)
+    walk = RingWalk(lengths_ref, table_ref, caches, factors_ref, ring_ref, factors_ring_ref, arrived, layer_ref[0],
+                    begin, end, capacity)
 
     def widen(b):
         """Make q̂ of a sequence: each query head in the lanes of its key/value head."""

@@ -33,7 +33,7 @@ def tile_rows(dtype) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class RingWalk:
     """Visits a program's blocks, sequence after sequence; an item is (sequence, block of it, buffer).
 
     A sequence of length 0 has one block, with nothing in it.

@@ -49,7 +49,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.tiles import FlashTiles, Plan, make_plan, vmem_bytes
+from kernels.tiles import FlashPlan, FlashTiles, make_plan, vmem_bytes
 
 Array = jax.Array
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
@@ -61,7 +61,7 @@ PLAIN, BY_ROWS, BY_COLUMNS = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # x y, x 
 # ---------------------------------------------------------------- the order of the grid
 
 
-def squares(plan: Plan, segments_BT: Array | None, by_query: bool) -> tuple[Array, ...]:
+def squares(plan: FlashPlan, segments_BT: Array | None, by_query: bool) -> tuple[Array, ...]:
     """List the squares of the score matrix in the order of the grid's last dimension p: tables for scalar prefetch.
 
     Squares without a visible score cost neither a step nor a DMA: they are not in the tables, or, where segments hide
@@ -104,7 +104,7 @@ class Square(NamedTuple):
     last: Array | bool  # of its own block
 
 
-def square_of_step(plan: Plan, tables) -> Square:
+def square_of_step(plan: FlashPlan, tables) -> Square:
     """Look up the square of this grid step in the tables of `squares`."""
     if plan.n == 1:
         return Square(0, 0, 0, on_diagonal=True, off_diagonal=False, last=True)
@@ -119,7 +119,7 @@ def square_of_step(plan: Plan, tables) -> Square:
 # ---------------------------------------------------------------- inside the kernels
 
 
-def dot(x: Array, y: Array, dims, plan: Plan) -> Array:
+def dot(x: Array, y: Array, dims, plan: FlashPlan) -> Array:
     """Multiply matrices, summing in float32; float32 operands are multiplied in six passes of bfloat16."""
     precision = lax.Precision.HIGHEST if plan.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(x, y, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32)
@@ -152,7 +152,7 @@ def hide(s_ST: Array, offset: int | None, key_ids_S1: Array | None, query_ids_1T
     return s_ST if key_ids_S1 is None else jnp.where(key_ids_S1 == query_ids_1T, s_ST, HIDDEN)
 
 
-def fill_tail(plan: Plan, block, *fills) -> None:
+def fill_tail(plan: FlashPlan, block, *fills) -> None:
     """Overwrite what a block holds behind position T: HBM has nothing there, VMEM anything, and 0 * NaN is NaN.
 
     fills: (ref, axis of the positions, value).
@@ -179,7 +179,7 @@ def segment_ids(ids):
 # ---------------------------------------------------------------- forward
 
 
-def forward_kernel(*refs, plan: Plan) -> None:
+def forward_kernel(*refs, plan: FlashPlan) -> None:
     """Compute one square of scores: tables | q, k, v, ids | o, lse | m, l and o_DT so far (where T > R)."""
     tables, (q_ref, k_ref, v_ref), ids, (o_ref, lse_ref, *scratch) = split(refs, plan, 3)
     square, (query_ids, key_ids) = square_of_step(plan, tables), segment_ids(ids)
@@ -278,7 +278,7 @@ def forward_kernel(*refs, plan: Plan) -> None:
 # ---------------------------------------------------------------- backward
 
 
-def backward_kernel(*refs, plan: Plan, scale: float) -> None:
+def backward_kernel(*refs, plan: FlashPlan, scale: float) -> None:
     """Compute one square: tables | q, k, v, do, lse, D_i, ids | dq, dk, dv | the sums dq_DT, dk, dv of the row."""
     tables, (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), ids, results = split(refs, plan, 6)
     dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = results
@@ -364,7 +364,7 @@ def backward_kernel(*refs, plan: Plan, scale: float) -> None:
 # ---------------------------------------------------------------- the calls
 
 
-def split(refs, plan: Plan, inputs: int):
+def split(refs, plan: FlashPlan, inputs: int):
     """Split a kernel's references: (tables, inputs, segment ids of queries and keys, outputs and scratch)."""
     tables = 0 if plan.n == 1 else 4 if plan.segments else 2
     ids = tables + inputs + 2 * plan.segments
@@ -374,7 +374,7 @@ def split(refs, plan: Plan, inputs: int):
 class Blocks:
     """Holds the BlockSpecs of one kernel over the grid (row, key/value heads, pass, square)."""
 
-    def __init__(self, plan: Plan, by_query: bool):
+    def __init__(self, plan: FlashPlan, by_query: bool):
         heads, kv_heads, R, D, passes = plan.tiles.heads, plan.kv_heads, plan.R, plan.D, plan.passes
 
         def own(b, p, tables):

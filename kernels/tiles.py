@@ -42,7 +42,7 @@ class FlashTiles(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FlashPlan:
     """Holds what is static in one kernel: sizes (flash_attention.py has the letters), tiles, and what follows."""
     B: int
     T: int
@@ -101,7 +101,7 @@ def possible_heads(H: int, K: int) -> list[int]:
     return [h for h in range(1, H + 1) if H % h == 0 and ((H // K) % h == 0 or h % (H // K) == 0)]
 
 
-def vmem_bytes(plan: Plan, backward: bool) -> int:
+def vmem_bytes(plan: FlashPlan, backward: bool) -> int:
     """Bound the VMEM that a kernel takes, in bytes, from above; it is compiled with this as its limit."""
     lanes, item = pl.cdiv(plan.D, 128) * 128, plan.dtype.itemsize
     heads, kv_heads, R, T = plan.tiles.heads, plan.kv_heads, plan.R, plan.n * plan.R
@@ -126,13 +126,13 @@ def device_kind() -> str:
 
 
 def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, causal: bool, segments: bool,
-              tiles: FlashTiles | None, interpret) -> Plan:
+              tiles: FlashTiles | None, interpret) -> FlashPlan:
     """Plan a kernel with the tiles given, or with the device's (`device_kind`) tuned ones, made smaller until they fit.
 
     Raises:
       ValueError: the tiles do not fit the sizes, no tiles are known for the device, or VMEM cannot hold so long a row.
     """
-    with_tiles = functools.partial(Plan, B, T, H, K, D, causal, segments, dtype)
+    with_tiles = functools.partial(FlashPlan, B, T, H, K, D, causal, segments, dtype)
     if tiles is not None:
         return with_tiles(tiles.backward if backward else tiles.forward)
     kind = device_kind()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mistake import Mistake
 
@@ -189,3 +189,18 @@ def factorizations(devices: int) -> list[str]:
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     splits = [(dp, fsdp) for dp in divisors for fsdp in divisors if devices % (dp * fsdp) == 0]
     return [f'{dp},{fsdp},{devices // dp // fsdp}' for dp, fsdp in splits]
+
+
+# ---------------------------------------------------------------- the batch's rows
+
+
+def rows_unit(mesh: Mesh | AbstractMesh) -> int:
+    """Return dp * fsdp: a batch has a multiple of so many rows."""
+    return mesh.shape['dp'] * mesh.shape['fsdp']
+
+
+def check_rows(rows: int, mesh: Mesh | AbstractMesh, flag: str) -> None:
+    """Raise Mistake, naming the flag that says `rows`, unless every device gets as many of them, at least one."""
+    if rows < 1 or rows % rows_unit(mesh):
+        raise Mistake(f'{flag}={rows} must be divisible by dp*fsdp={rows_unit(mesh)} of the mesh '
+                      f'{dict(mesh.shape)}: change it or --mesh_dim')

@@ -320,6 +320,7 @@ PLAN = (
     reduce_gradients=..., llama__remat_block=..., llama__remat_attention=..., llama__remat_mlp=..., optimizer__type=...,
     optimizer__accumulate_gradient_steps=..., optimizer__adamw_optimizer__multiply_by_parameter_scale=...,
     optimizer__adamw_optimizer__bf16_momentum=..., optimizer__palm_optimizer__bf16_momentum=...,
+    train_dataset__type=...,
 ) + (
     Flag('batch_size', 8, 'rows in a batch, over all devices',
          recipe=('train_dataset.json_dataset.batch_size', 'train_dataset.huggingface_dataset.batch_size')),

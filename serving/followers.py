@@ -7,7 +7,7 @@ decisions on the way (batches, growing caches, refusals) follow from the argumen
 results that every process holds whole (`Engine._shardings`).
 
 Calls go through the store, not by a broadcast between devices, because a server can be idle for days: devices that
-wait in a collective are busy, and some transports give up after a while.  A call costs two round trips over the network.
+wait in a collective are busy, and some transports give up after a while.  A call costs two round trips.
 
 Nobody is left behind: start.failing_together ends all when one fails, and JAX when one is gone (process 0: at once;
 another: when its heartbeat has been missing for start.HEARTBEAT_SECONDS).

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from instruments.bench.shapes import AttentionShape, attention_inputs
 from kernels import flash_attention as flash
 from kernels import reference
-from kernels.tiles import FlashTiles, Plan, Tiles, make_plan, vmem_bytes
+from kernels.tiles import FlashPlan, FlashTiles, Tiles, make_plan, vmem_bytes
 
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
 RACES = pltpu.InterpretParams(uninitialized_memory='nan', detect_races=True)
@@ -184,7 +184,7 @@ def test_wrong_arguments_are_refused_before_compilation():
 
 
 def plan(T, H, K, D, tiles, causal=True, segments=False, B=1, dtype=jnp.bfloat16):
-    return Plan(B, T, H, K, D, causal, segments, jnp.dtype(dtype), tiles)
+    return FlashPlan(B, T, H, K, D, causal, segments, jnp.dtype(dtype), tiles)
 
 
 def test_vmem_sum_equals_arithmetic_by_hand():
@@ -252,7 +252,7 @@ def test_vmem_sum_bounds_the_compiler_s_figure(block):
     tiles = Tiles(heads=2, block=block, strip=256, diagonal=128, turn=256)
     q, k = (jax.ShapeDtypeStruct((shape.B, shape.T, heads, shape.D), jnp.bfloat16) for heads in (shape.H, shape.K))
     static = static_time('v5e', with_gradients(shape, tiles, interpret=False), q, k, k, q)
-    cut = Plan(shape.B, shape.T, shape.H, shape.K, shape.D, True, False, jnp.dtype(jnp.bfloat16), tiles)
+    cut = FlashPlan(shape.B, shape.T, shape.H, shape.K, shape.D, True, False, jnp.dtype(jnp.bfloat16), tiles)
     assert len(static.kernels) == 2
     for kernel in static.kernels:
         assert 0.25 <= kernel.vmem_bytes / vmem_bytes(cut, backward='backward' in kernel.name) <= 1, kernel.name

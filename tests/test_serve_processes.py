@@ -33,6 +33,7 @@ from serving.engine import Engine, RequestError
 from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
+EMITTERS = 'xla_cpu_use_fusion_emitters'  # gone from jaxlib 0.11
 PRETEND = """
 import os, sys, time
 from types import SimpleNamespace
@@ -91,7 +92,8 @@ class Pair:
             stderr=(folder / f'err{process}').open('w'), env=os.environ | environment | {
                 'PALLAMA_CACHE': str(folder), 'CALLS': str(folder / f'calls{process}'),
                 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                'XLA_FLAGS': '--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false',
+                'XLA_FLAGS': ' '.join(['--xla_force_host_platform_device_count=2',
+                                       *['--xla_cpu_use_fusion_emitters=false'] * (EMITTERS in helpers.QUICK)]),
             }) for process in range(2)]
 
     def text(self, name: str) -> str:

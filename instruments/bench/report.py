@@ -57,7 +57,8 @@ def table(rows: list[dict]) -> str:
     versions = sorted({f'{row["method"]}, jax {row["jax"]}, libtpu {row["libtpu"]}' for row in best.values()})
     static = any(row['method'] == 'static' for row in best.values())
     notes = [f'Method: {"; ".join(versions)}.']
-    notes += ["Static: the time of the compiler's schedule, not a measurement (tpu/static_cost.py)."] if static else []
+    if static:
+        notes.append("Static: the time of the compiler's schedule, not a measurement (kernel_time/static_cost.py).")
     if any(map(in_vmem, best.values())):
         notes.append('\\*: XLA keeps operands of this small case in VMEM; bringing them there is not in the time.')
     notes += [f'Refused by the compiler: {"; ".join(failed)}.'] if failed else []

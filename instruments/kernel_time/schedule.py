@@ -9,7 +9,7 @@ one line a cycle with empty bundles where an operation's result is not ready yet
 (`*-final_bundles.txt` has the empty bundles squeezed out, so its line count is not a cycle count.)  Which bundles run,
 how often, and which DMAs they start depends on scalar operations alone: loop counters, index maps, predicates, tables
 in SMEM.  `Program` executes exactly these; vector and matrix operations only occupy their cycles.  What a DMA costs is
-the business of the transfers object that it is given (tpu/static_cost.py).
+the business of the transfers object that it is given (static_cost.py).
 
 A register is the end of a name: %s8238_s8 is scalar register 8, %p278_p2 predicate 2.  Within a bundle every operation
 reads what the registers held before it.  A branch takes effect after the chip's delay slots.
@@ -116,7 +116,7 @@ class Block:
 
 
 @dataclasses.dataclass
-class State:
+class Machine:
     transfers: object
     registers: list = dataclasses.field(default_factory=lambda: [0] * (2 * PREDICATES))
     memory: dict = dataclasses.field(default_factory=dict)  # SMEM, by word
@@ -135,7 +135,7 @@ class Program:
     Args:
       bundles: `parse`'s.
       branch_delay: bundles after a branch that are still executed.
-      tables: the values of the kernel's first operands, those that it reads as scalars (tpu/tables.py).  An operand
+      tables: the values of the kernel's first operands, those that it reads as scalars (tables.py).  An operand
         that is read as scalars and not given holds zeros, and `warnings` says so.
     """
 
@@ -153,7 +153,7 @@ class Program:
         Raises:
           ValueError: it did not end within `most_cycles`, or waits for a DMA that nothing starts.
         """
-        state, time, place, times = State(transfers), 0.0, 0, collections.Counter()
+        state, time, place, times = Machine(transfers), 0.0, 0, collections.Counter()
         transfers.fill = lambda source, destination: self.fill(state, source, destination)
         while place < len(self.bundles):
             block = self.blocks.get(place) or self.blocks.setdefault(place, self.block(place, state))
@@ -208,7 +208,7 @@ class Program:
         match = PREDICATE.match(operands)
         return (self.value(match[1]), match[2]) if match else (None, operands)
 
-    def expression(self, operation: Operation, state: State):
+    def expression(self, operation: Operation, state: Machine):
         """The closure of what a scalar operation gives, or None where it is not known."""
         opcode, old = operation.opcode, self.value(operation.result.split(',')[0])
         happens, rest = self.predicate(operation.operands)
@@ -253,7 +253,7 @@ class Program:
 
     # ---- operands
 
-    def operand(self, opcode: str, description: str, state: State):
+    def operand(self, opcode: str, description: str, state: Machine):
         """inlined_call_operand.hbm [shape: s32[8,16], index: 0, kind: input, …]: where it lies, or a scalar's value."""
         index, kind = re.search(r'index: (\d+), kind: (\w+)', description).groups()
         shape = re.search(r'shape: (\w+)\[([\d,]*)\]', description)
@@ -281,7 +281,7 @@ class Program:
                              f'{self.tables[index].shape}')
         return self.tables[index].reshape(dimensions)
 
-    def fill(self, state: State, source: int, destination: int) -> None:
+    def fill(self, state: Machine, source: int, destination: int) -> None:
         """What a DMA from HBM to SMEM brings."""
         for name, (base, table) in self.operands.items():
             if base in (source, source >> 4):
@@ -292,12 +292,12 @@ class Program:
                 return
         self.warnings['a DMA to SMEM from an unknown place: zeros'] += 1
 
-    def write(self, state: State, table: np.ndarray, place: int) -> None:
+    def write(self, state: Machine, table: np.ndarray, place: int) -> None:
         state.memory.update(enumerate(smem_words(table).tolist(), place))
 
     # ---- blocks
 
-    def block(self, start: int, state: State) -> Block:
+    def block(self, start: int, state: Machine) -> Block:
         """From `start` to the next branch's last delay slot, or to the next branch's target."""
         actions, branch, target, end, place = [], None, 0, None, start
         while place < len(self.bundles):
@@ -323,7 +323,7 @@ class Program:
                 break
         return Block(start, place - start, actions, branch, target, place)
 
-    def assignment(self, operation: Operation, state: State) -> list:
+    def assignment(self, operation: Operation, state: Machine) -> list:
         """[(register, closure)] of an operation that writes a scalar or predicate register."""
         register = operation.result and REGISTER.match(operation.result.split(',')[0])
         if not register:

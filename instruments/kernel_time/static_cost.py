@@ -3,8 +3,8 @@
     static = static_time('v5e', attention, q, k, v)        # abstract or concrete arguments
     static.ms, static.stall_ms, static.hbm_bytes, static.kernels[0].hot.units
 
-libtpu compiles the function and writes each kernel's schedule; tpu/schedule.py executes the scalar program, with the
-tables that tpu/tables.py finds; this file adds what a DMA costs and counts what occupies the units.  The model of DMA
+libtpu compiles the function and writes each kernel's schedule; schedule.py executes the scalar program, with the
+tables that tables.py finds; this file adds what a DMA costs and counts what occupies the units.  The model of DMA
 has one queue: transfers between HBM and the core follow each other at the HBM's bandwidth, and each arrives LATENCY
 after its last byte is sent; transfers within the core do not queue.  A kernel's time is that of its bundles plus the
 cycles that they wait for DMAs.  The latency is the one figure that is assumed.

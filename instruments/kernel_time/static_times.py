@@ -38,13 +38,13 @@ def flash_times(chip: str, B: int, T: int, H: int, K: int, D: int, dtype: str, s
 
 def compile_and_time(chip: str, segments: int, **sizes) -> dict[str, float]:
     """The same in this process, which must not have loaded libtpu yet."""
-    from instruments.bench import attention as benchmark
+    from instruments.bench.cases import abstract_inputs, ours
     from instruments.bench.shapes import AttentionShape
     from instruments.kernel_time.static_cost import static_time
 
     shape = AttentionShape(segments=segments, **sizes)
-    case = benchmark.ours(shape, backward=True)
-    static = static_time(chip, case.function, *benchmark.abstract_inputs(shape, backward=True), *case.integers)
+    case = ours(shape, backward=True)
+    static = static_time(chip, case.function, *abstract_inputs(shape, backward=True), *case.integers)
     return {kind: kernel.ms * 1e-3 for kernel in static.kernels for kind in ('forward', 'backward')
             if f'flash_{kind}' in kernel.name}
 

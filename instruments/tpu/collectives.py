@@ -107,25 +107,60 @@ def starts(instructions: list[hlo.Instruction]) -> bool:
     return any('custom_call_target="AsyncCollectiveStart"' in instruction.attributes for instruction in instructions)
 
 
-def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
-    """[groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
+IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # places 0, 1, 2, ... in these sizes, transposed
+LIST = r'\{\}|\{\{.*?\}\}'
+MESH = rf"mesh\[(.*?)\](?:, device_ids=\((?:{IOTA}|([\d,]+))\))? \{{(.*?)\}}"
 
-    Written as {{0,1},{2,3}}, as an iota [2,2]<=[4] or transposed [2,2]<=[2,2]T(1,0), or {} for all in one group.
+
+def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
+    """Read the groups [groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
+
+    Written as {{0,1},{2,3}}, as an iota [2,2]<=[4] or transposed [2,2]<=[2,2]T(1,0), as axes of a mesh
+    mesh['fsdp'=2,'mp'=2] {'mp'} (from jax 0.11 on), or {} for all in one group.
+
+    Raises:
+      ValueError: there are no groups in a form that is known, or the mesh has fewer devices than they.
     """
-    written = re.search(r'(?:replica_groups|source_target_pairs)=(\{\}|\{\{.*?\}\}|\[\S+?\](?:T\([\d,]+\))?)(?=,|\s|$)',
+    written = re.search(rf'(?:replica_groups|source_target_pairs)=({LIST}|\[[\d,]+\]<={IOTA}|{MESH})(?=,|\s|$)',
                         instruction.attributes)
     if written is None:
         raise ValueError(f'no groups of devices in {instruction.name}: {instruction.attributes[:200]}')
-    iota = re.fullmatch(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', written[1])
-    if iota:
-        shape, sizes, order = ([int(number) for number in part.split(',')] if part else None for part in iota.groups())
-        groups = np.arange(np.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
-    elif written[1] == '{}':
+    written = written[1]
+    if iota := re.fullmatch(rf'\[([\d,]+)\]<={IOTA}', written):
+        groups = places(iota[2], iota[3]).reshape(numbers(iota[1]))
+    elif axes := re.fullmatch(MESH, written):
+        groups = along_axes(*axes.groups())
+    elif written == '{}':
         groups = np.arange(devices)[None]
     else:
-        groups = np.array([[int(place) for place in group.split(',')]
-                           for group in re.findall(r'\{([\d,]+)\}', written[1])])
+        groups = np.array([numbers(group) for group in re.findall(r'\{([\d,]+)\}', written)])
     if groups.max() >= devices:
-        raise ValueError(f'{instruction.name} has groups {written[1]} and the mesh {devices} devices: pass the mesh '
+        raise ValueError(f'{instruction.name} has groups {written} and the mesh {devices} devices: pass the mesh '
                          'that the program was compiled for')
     return groups
+
+
+def along_axes(mesh: str, sizes: str | None, order: str | None, ids: str | None, axes: str) -> np.ndarray:
+    """Group the devices of a mesh along axes: mesh "'fsdp'=2,'mp'=2", axes "'mp'".
+
+    The devices are 0, 1, 2, ..., or those numbers transposed (`sizes`, `order`, as in `places`), or listed (`ids`).
+    """
+    shape = {name.strip("'"): int(size) for name, size in (axis.split('=') for axis in mesh.split(','))}
+    names, grouped = list(shape), [axis.strip("'") for axis in axes.split(',') if axis]
+    if not set(grouped) <= set(names):
+        raise ValueError(f'groups along {axes} of mesh[{mesh}] cannot be read: a part of an axis is not known here')
+    total = int(np.prod([*shape.values()]))
+    devices = np.array(numbers(ids)) if ids else places(sizes or str(total), order)
+    last = [names.index(axis) for axis in grouped]
+    grid = np.moveaxis(devices.reshape([*shape.values()]), last, range(-len(last), 0))
+    return grid.reshape(-1, int(np.prod([shape[axis] for axis in grouped])))
+
+
+def places(sizes: str, order: str | None) -> np.ndarray:
+    """Lay 0, 1, 2, ... out in an array of these sizes, '2,2', and transpose it if there is an order."""
+    shape = numbers(sizes)
+    return np.arange(np.prod(shape)).reshape(shape).transpose(numbers(order) if order else None)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(',')]

@@ -6,8 +6,8 @@ memory, the optimised HLO and each kernel's schedule are the real ones.
 
 libtpu reads its environment once, when it is loaded: the first description loads it.  Among those variables is the
 folder that schedules are written to, so a process decides before its first compilation whether it wants them:
-`prepare(schedules=True)`.  tpu/static_cost.py does so by itself; a program that compiles large modules leaves them out
-(a whole training step's schedules are gigabytes).
+`prepare(schedules=True)`.  kernel_time/static_cost.py does so by itself; a program that compiles large modules leaves
+them out (a whole training step's schedules are gigabytes).
 """
 import atexit
 import contextlib

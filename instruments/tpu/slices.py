@@ -7,7 +7,7 @@ CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x4',
 
 
 def topologies(chip: Chip) -> list[str]:
-    """The slices of a chip that are sold, smallest first, by the names that libtpu gives them.
+    """List the slices of a chip that are sold, smallest first, by the names that libtpu gives them.
 
     libtpu knows others too: any with sides that the 2x2 chips of a host divide.  '1x1' and '1x1x1' are a single chip.
     """

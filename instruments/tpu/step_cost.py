@@ -1,10 +1,10 @@
-"""What XLA's own scheduler expects of a whole program: cycles of every fusion and copy, loops multiplied out.
+"""Add up what XLA's own scheduler expects of a program: cycles of every fusion and copy, loops multiplied out.
 
 Each fusion, copy and convolution of the optimised HLO carries `estimated_cycles` of the TensorCore.  Summed over the
 entry computation, with a loop's body times its trip count (the constant in its condition), they give the time of
-everything but Pallas kernels, whose time is tpu/static_cost.py's and of which this file tells how often each runs, and
-asynchronous copies and collectives, which have no estimate and are counted by name.  `cost_analysis()` cannot replace
-it: its FLOPs count a loop's body once, and its `optimal_seconds` are right for a single kernel only.
+everything but Pallas kernels, whose time is kernel_time/static_cost.py's and of which this file tells how often each
+runs, and asynchronous copies and collectives, which have no estimate and are counted by name.  `cost_analysis()` cannot
+replace it: its FLOPs count a loop's body once, and its `optimal_seconds` are right for a single kernel only.
 """
 import collections
 import dataclasses
