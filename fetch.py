@@ -1,4 +1,4 @@
-"""Fetches the models and the labelled set of the examples, by name, into a cache; none of them is in the repository.
+"""Fetch the models and the labelled set of the examples, by name, into a cache; none of them is in the repository.
 
     python fetch.py --list=True
     python fetch.py --name=smollm2-135m-instruct

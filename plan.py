@@ -37,7 +37,7 @@ from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import make_mesh
 from program import flags, parse
-from serving.engine import Engine, Rows, check_batch_size, check_lengths
+from serving.engine import BatchRows, Engine, check_batch_size, check_lengths
 from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
 
@@ -172,7 +172,7 @@ def plan_decoding(config, sizes: LlamaConfig, compute: Compute, mesh: Mesh, chip
     parts = dict(parameters=planning.device_bytes(weights))
     plan = Plan(planning.mesh_dim_of(mesh), batch_size, config.seq_length, 1, '', parts, batch_size, fits=True,
                 usable=usable)
-    rows = Rows(*(spec((batch_size,), x) for x in (np.int32, np.uint32, np.float32, bool)))
+    rows = BatchRows(*(spec((batch_size,), x) for x in (np.int32, np.uint32, np.float32, bool)))
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):

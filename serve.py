@@ -30,8 +30,8 @@ from mistake import Mistake
 from program import flags, parse
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
-from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
-from serving.followers import Line, follow
+from serving.engine import PROGRAMS, Engine, check_batch_size, check_beams, check_lengths
+from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
 
@@ -39,10 +39,10 @@ from serving.thread import EngineThread
 def main(config) -> None:
     warm_up = programs_of(config.lm_server.pre_compile)
     options = options_of(config.lm_server)
-    check_sampling(config.top_k, config.top_p, config.do_sample, config.num_beams)
+    check_beams(config.do_sample, config.num_beams)
     start_processes(config)
     if processes.index() > 0:
-        return follow(load_engine(config, open_model(config)), warm_up, Line())
+        return follow(load_engine(config, open_model(config)), warm_up, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
@@ -55,7 +55,8 @@ def main(config) -> None:
         model = open_model(config)
         engine = load_engine(config, model)
         started = time.monotonic()
-        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, Line() if processes.count() > 1 else None)
+        line = CallLine() if processes.count() > 1 else None
+        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, line)
         server = uvicorn.Server(uvicorn.Config(make_app(thread, options), log_level='warning', access_log=False,
                                                http='h11', lifespan='off', server_header=False, limit_concurrency=512))
 

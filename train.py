@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from checkpoint import load, native
 from checkpoint.writing import appears_whole
-from data.batches import PackedStream, Rows, read_dataset_state
+from data.batches import read_dataset_state
 from data.huggingface import HuggingfaceReader
 from data.prompt import PromptTemplate
 from data.records import RecordReader
+from data.rows import BY_HAND, RowBatches, refuse_beginning
+from data.stream import PackedStream
 from data.text_processor import TextProcessor
 from hosts import processes, start
 from instruments.planning.compiled import CompiledStep
@@ -192,7 +194,7 @@ def dataset_flags(config) -> tuple[ConfigDict, dict | None]:
     return dataset, saved['state']
 
 
-def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedStream | Rows:
+def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedStream | RowBatches:
     """The batches of `train_dataset` or `eval_dataset` (`name`), as its flags say."""
     kind = f'{options.type}_dataset'
     rows, flag = options[kind], f'{name}.{kind}'
@@ -211,12 +213,13 @@ def open_batches(options, name: str, model: wiring.Model, seed: int) -> PackedSt
         reader = RecordReader(rows.path, processor, skip_bad_lines=rows.skip_bad_lines, flag=flag,
                               processes=rows.tokenizer_processes, chunk_size=rows.tokenizer_parallel_chunk_size,
                               batch_size=rows.tokenizer_parallel_batch_size)
-        more = {key: rows[key] for key in ('start_seek_loc', 'example_index_at_start', 'tokens_count_at_start',
-                                           'throughput_average_window_size')}
+        more = {'throughput_average_window_size': rows.throughput_average_window_size}
     sizes = dict(seq_length=rows.seq_length, batch_size=rows.batch_size) | more
     if rows.batching == 'stream':
-        return PackedStream(reader, always_start_with_bos=rows.always_start_with_bos, **sizes)
-    batches = Rows(reader, seed=seed, too_long=rows.too_long, **sizes)
+        begin = {name: rows[name] for name in BY_HAND if name in rows}
+        return PackedStream(reader, always_start_with_bos=rows.always_start_with_bos, **sizes, **begin)
+    refuse_beginning(rows, flag)
+    batches = RowBatches(reader, seed=seed, too_long=rows.too_long, **sizes)
     print(f'{name}: {batches.counts}, {batches.batches_per_epoch} batches an epoch, {batches.fill:.0%} of the '
           f'positions hold tokens, shapes (T, P) {batches.shapes}', flush=True)
     return batches

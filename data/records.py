@@ -27,7 +27,7 @@ class RawLine(NamedTuple):
     problem: str
 
 
-class Line(NamedTuple):
+class ParsedLine(NamedTuple):
     """A line: its bytes [start, end), its index (from 0), and its object or what is wrong (neither: an empty line)."""
 
     start: int
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in `Line`."""
+    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in RawLine."""
 
     tokens: list[int]
     loss_mask: list[float]
@@ -48,7 +48,7 @@ class Record(NamedTuple):
 
 
 def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[RawLine]:
-    """The lines of a file from byte `start` (where line `index` begins) on, in memory bounded by MAX_LINE_BYTES."""
+    """Yield the lines of a file from byte `start` (where line `index` begins), in memory bounded by MAX_LINE_BYTES."""
     with open(path, 'rb') as file:
         file.seek(start)
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -63,15 +63,15 @@ def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterat
             start, index = end, index + 1
 
 
-def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[Line]:
-    """The lines of a file as `raw_lines` gives them, each with its object."""
+def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[ParsedLine]:
+    """Yield the lines of a file as `raw_lines` does, each parsed."""
     for line in raw_lines(path, start, index):
         example, problem = parse(line.text)
-        yield Line(line.start, line.end, line.index, example, line.problem or problem)
+        yield ParsedLine(line.start, line.end, line.index, example, line.problem or problem)
 
 
 class RecordReader:
-    """The records of a JSON-lines file, in file order, with one policy for bad lines.
+    """Reads the records of a JSON-lines file, in file order, with one policy for bad lines.
 
     flag: where the options stand on the command line, for messages ('train_dataset.json_dataset').
     skipped_lines: how many bad lines were passed over, in all passes; problems: the first ten of them, with file:line.
@@ -93,7 +93,7 @@ class RecordReader:
         self._workers = None
 
     def records(self, start: int = 0, index: int = 0) -> Iterator[Record]:
-        """The records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
+        """Yield the records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
         for line, (tokens, loss_mask, problem) in self._outcomes(raw_lines(self.path, start, index)):
             if line.problem or problem:
                 self.bad(line.index, line.problem or problem)
@@ -101,32 +101,32 @@ class RecordReader:
                 yield Record(tokens, loss_mask, line.start, line.end, line.index)
 
     def bad(self, index: int, problem: str) -> None:
-        """Refuse the line (ValueError) or count it."""
+        """Refuse the line (Mistake) or count it."""
         refuse_or_count(self, index, problem)
 
     def place(self, index: int) -> str:
-        """Where a record stands, for messages."""
+        """Name the place of a record, for messages."""
         return f'{self.path}:{index + 1}'
 
     def identity(self) -> dict:
-        """Enough to notice that the file was replaced or edited, at the cost of reading 1 MiB of it."""
+        """Return its size and a digest of its first MiB: enough to notice that the file was replaced or edited."""
         with open(self.path, 'rb') as file:
             start = hashlib.sha256(file.read(1 << 20)).hexdigest()
             return {'size': file.seek(0, 2), 'sha256_of_first_MiB': start}
 
     def check_start(self, start: int) -> None:
-        """Raises Mistake, with the next place that is one, unless a line begins at byte `start` or the file ends."""
+        """Raise Mistake, with the next place that is one, unless a line begins at byte `start` or the file ends."""
         with open(self.path, 'rb') as file:
             size = file.seek(0, 2)
             if start > size:
                 raise Mistake(f'{self.flag}.start_seek_loc={start} is beyond the end of {self.path}, which has '
-                                 f'{size} bytes; give a dataset_file_loc that was logged for this file')
+                              f'{size} bytes; give a dataset_file_loc that was logged for this file')
             file.seek(max(start - 1, 0))
             if start in (0, size) or file.read(1) == b'\n':
                 return
             file.readline()
             raise Mistake(f'{self.flag}.start_seek_loc={start} is in the middle of a line of {self.path}; the next '
-                             f'line begins at byte {file.tell()}')
+                          f'line begins at byte {file.tell()}')
 
     def close(self) -> None:
         """End the tokenizer processes; `records` would start them again."""
@@ -143,7 +143,7 @@ class RecordReader:
 
 
 def refuse_or_count(reader, index: int, problem: str) -> None:
-    """What a reader does with a bad record, as its `skip_bad_lines` says."""
+    """Raise Mistake for a bad record, or count it where the reader's `skip_bad_lines` says so."""
     where = f'{reader.place(index)}: {problem}'
     if not reader.skip_bad_lines:
         raise Mistake(f'{where} (--{reader.flag}.skip_bad_lines=True skips and counts such lines)')

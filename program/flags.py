@@ -208,6 +208,14 @@ def _dataset(name: str) -> tuple[Flag, ...]:
     )
 
 
+def _as_train_dataset(table: tuple[Flag, ...]) -> tuple[Flag, ...]:
+    """Let flags of eval_dataset that are not given be train_dataset's, but for those that say what is read."""
+    own = ('.json_dataset.path', '.split', '.start_seek_loc', '.example_index_at_start', '.tokens_count_at_start')
+    return tuple(flag if flag.only or flag.name.endswith(own) else
+                 flag._replace(default=None, kind=flag.type, help=f'{flag.help}; not given: as train_dataset has it')
+                 for flag in table)
+
+
 REMAT = ('', 'nothing_saveable', 'checkpoint_dots', 'checkpoint_dots_with_no_batch_dims', 'everything_saveable')
 REMAT_VALUES = f'one of {", ".join(REMAT[1:])}, or save:NAME,NAME to save what model/llama.py gives these names'
 NO_DROPOUT = ('there is no dropout: no LLaMA is trained with it, and it would hide in every kernel; use '
@@ -243,7 +251,7 @@ LLAMA = (  # sizes where neither --load_llama_config nor the checkpoint says the
 )
 
 
-TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _dataset('eval_dataset') + (
+TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('eval_dataset')) + (
     Flag('update_llama_config', '', "changes to the model's sizes, as literals: dict(max_sequence_length=4096, "
          "remat_block='nothing_saveable')"),
     Flag('total_steps', 10000, 'micro-steps of the run; 0 for as many as `epochs` says', least=0),
@@ -264,6 +272,8 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _dataset('eval_dataset') + (
     Flag('optimizer.adamw_optimizer.lr', 0.01, 'learning rate after the warmup', above=0),
     Flag('optimizer.adamw_optimizer.end_lr', 0.001, 'learning rate at lr_decay_steps and after', least=0),
     Flag('optimizer.adamw_optimizer.lr_warmup_steps', 2000, 'optimizer steps of linear warmup', least=0),
+    Flag('optimizer.adamw_optimizer.lr_warmup_ratio', 0.0, "linear warmup as a part of the run's optimizer steps, in the "
+         'place of lr_warmup_steps; 0: lr_warmup_steps counts', least=0, below=1),
     Flag('optimizer.adamw_optimizer.lr_decay_steps', 500000, 'optimizer step at which the cosine ends, warmup '
          'included; 0 for the last step of the run', least=0),
     Flag('optimizer.adamw_optimizer.b1', 0.9, 'decay of the first moment', least=0, below=1),

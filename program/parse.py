@@ -135,7 +135,7 @@ def _checked(flag: Flag, value):
     if flag.range and value is not None and not flag.in_range(value):
         default = '' if flag.default is None else f' for {flag.default!r}'
         raise Mistake(f'{flag.name}={value!r} must be {flag.range}: change --{flag.name}, or leave it out{default}')
-    return _expanded(flag, value) if flag.path else value
+    return _expanded(flag, value) if flag.path and value else value
 
 
 def _expanded(flag: Flag, value: str) -> str:

@@ -28,8 +28,8 @@ MEET_SECONDS = 600  # a follower can be behind by a program it must compile, and
 ASK_SECONDS = 30  # for one question to the store, which is asked again
 
 
-class Line:
-    """From process 0 to the others: one call after the other, and at last that there are no more."""
+class CallLine:
+    """Carries calls from process 0 to the others, one after the other, and at last that there are no more."""
 
     def __init__(self):
         self._client = global_state.client
@@ -38,7 +38,7 @@ class Line:
     # ------------------------------------------------------------ process 0
 
     def tell(self, method: str, arguments: dict) -> None:
-        """Returns once every process knows the call.  Raises RequestError, and tells nothing, for one too large."""
+        """Tell every process of the call and wait until it knows.  Raises RequestError, first, for one too large."""
         text = json.dumps([method, arguments], ensure_ascii=False)
         if (size := len(text.encode())) > MAX_CALL_BYTES:
             raise RequestError(f'{size} bytes of text: at most {MAX_CALL_BYTES} can be sent to the other processes')
@@ -48,11 +48,11 @@ class Line:
         self._count += 1
 
     def end(self) -> None:
-        """There are no more calls."""
+        """Tell the others that there are no more calls."""
         self._client.key_value_set(self._key(), 'null')
 
     def await_followers(self, closing: Callable[[], bool]) -> None:
-        """Returns when all others are ready, or closing() says that nobody needs them any more."""
+        """Wait until all others are ready, or closing() says that nobody needs them any more."""
         for process in range(1, global_state.num_processes):
             while self._get(f'pallama/ready/{process}', 1) is None and not closing():
                 pass
@@ -60,14 +60,15 @@ class Line:
     # ------------------------------------------------------------ the others
 
     def ready(self) -> None:
+        """Tell process 0 that this one has compiled its programs."""
         self._client.key_value_set(f'pallama/ready/{global_state.process_id}', '')
 
     def ended(self) -> bool:
-        """Whether process 0 has no more calls; to be asked where a call would have to wait."""
+        """Tell whether process 0 has no more calls; ask where a call would have to wait."""
         return self._get(self._key(), 0.01) == 'null'
 
     def hear(self) -> tuple[str, dict] | None:
-        """(method, arguments) of the next call, however late it comes; None when there are no more."""
+        """Wait for (method, arguments) of the next call, however late it comes; None when there are no more."""
         while (text := self._get(self._key(), ASK_SECONDS)) is None:
             pass
         if (call := json.loads(text)) is None:
@@ -96,8 +97,8 @@ class Line:
             return None
 
 
-def follow(engine: Engine, warm_up: tuple[str, ...], line: Line) -> None:
-    """What every process but 0 does: compiles the programs of `warm_up`, then makes the calls of process 0 to the end.
+def follow(engine: Engine, warm_up: tuple[str, ...], line: CallLine) -> None:
+    """Compile the programs of `warm_up`, then make the calls of process 0 to the end: what every other process does.
 
     From here on SIGTERM and Ctrl-C mean nothing to this process: process 0 needs it for the requests in line.
     Raises what the engine raises, unless it concerns one request (EngineThread says which errors do).

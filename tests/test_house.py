@@ -81,3 +81,19 @@ def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():
     missing = {name for name in named if not (ROOT / name).exists()}
     sources = {str(path.relative_to(ROOT)) for path in SOURCES} | {path.name for path in PROGRAMS}
     assert not missing and not sources - named, (missing, sources - named)
+
+
+CORE = 'model', 'kernels', 'data', 'checkpoint', 'hosts', 'evaluation', 'serving', 'training'
+
+
+@pytest.mark.parametrize('room', CORE)
+def test_docstrings_begin_with_what_the_code_does(room):
+    """No public function, class or module of the core opens with "What ", "Of ", "With " or "The same"."""
+    poor = []
+    for path in sorted((ROOT / room).rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = getattr(node, 'name', '')
+                if not name.startswith('_') and re.match('(What|Of|With|The same) ', ast.get_docstring(node) or ''):
+                    poor.append(f'{path.relative_to(ROOT)} {name}')
+    assert not poor

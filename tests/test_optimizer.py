@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from model.partition import WeightSpec
+from model.weights import WeightSpec
 from training import optimizer
 from training.optimizer import AdamW, Palm
 

@@ -30,7 +30,7 @@ from program import flags, parse
 from serving import followers
 from serving.api import Options, make_app
 from serving.engine import Engine, RequestError
-from serving.followers import Line, follow
+from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
 PRETEND = """
@@ -235,7 +235,7 @@ def test_what_runs_when_the_signal_comes_is_finished(pretend):
 
 
 class Store:
-    """What a Line asks of JAX's key-value store, for two threads that stand for two processes."""
+    """What a CallLine asks of JAX's key-value store, for two threads that stand for two processes."""
 
     def __init__(self):
         self.values, self.changed, self.barrier = {}, threading.Condition(), threading.Barrier(2)
@@ -270,11 +270,11 @@ def store(monkeypatch):
 
 def test_ready_means_that_all_are(store):
     """503 while the other process still compiles, though process 0 is done; 200 as soon as that one is, too."""
-    thread = EngineThread(SimpleNamespace(warm_up=lambda programs: iter(())), 2, line=Line())
+    thread = EngineThread(SimpleNamespace(warm_up=lambda programs: iter(())), 2, line=CallLine())
     client = TestClient(make_app(thread, Options()), base_url='http://localhost')
     time.sleep(0.2)
     assert client.get('/ready').status_code == 503
-    Line().ready()
+    CallLine().ready()
     thread.warm.result(10)
     assert client.get('/ready').status_code == 200
     thread.close()
@@ -282,8 +282,8 @@ def test_ready_means_that_all_are(store):
 
 def test_the_store_keeps_no_call_that_was_heard(store):
     """After a hundred calls it holds none of them; the line waits as long as it takes, and tells all of them."""
-    line, heard = Line(), []
-    other = threading.Thread(target=lambda: heard.extend(iter(Line().hear, None)), daemon=True)
+    line, heard = CallLine(), []
+    other = threading.Thread(target=lambda: heard.extend(iter(CallLine().hear, None)), daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(followers, 'ASK_SECONDS', 0.01)
         other.start()
@@ -300,11 +300,11 @@ def test_the_store_keeps_no_call_that_was_heard(store):
 def test_a_call_too_large_is_the_client_s_mistake(store, monkeypatch):
     """Refused before anything is told, in bytes and not in characters; the next call is told."""
     monkeypatch.setattr(followers, 'MAX_CALL_BYTES', 60)
-    line = Line()
+    line = CallLine()
     with pytest.raises(RequestError, match=r'61 bytes of text: at most 60 can be sent'):
         line.tell('generate', dict(prompts=['é' * 15]))
     assert store.values == {}
-    other = threading.Thread(target=Line().hear, daemon=True)
+    other = threading.Thread(target=CallLine().hear, daemon=True)
     other.start()
     line.tell('generate', dict(prompts=['e' * 15]))
     other.join(10)
@@ -316,7 +316,7 @@ def test_only_the_methods_of_a_request_can_be_named(store, method, monkeypatch):
     monkeypatch.setattr(followers.signal, 'signal', lambda *_: None)
     store.key_value_set('pallama/calls/0', json.dumps([method, {}]))
     with pytest.raises(RuntimeError, match=f"process 0 names '{method}'"):
-        follow(SimpleNamespace(warm_up=lambda programs: iter(())), (), Line())
+        follow(SimpleNamespace(warm_up=lambda programs: iter(())), (), CallLine())
 
 
 def test_processes_with_other_files_are_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: DIR/metrics.jsonl always, TensorBoard and Weights & Biases when asked for.
+"""Write a run's numbers: to DIR/metrics.jsonl always, to TensorBoard and Weights & Biases when asked for.
 
 One JSON object per logged step: step, loss, accuracy, learning_rate, gradient_norm, param_norm, tokens_per_second,
 seconds (since the run began, earlier parts of a resumed run included), and what the caller adds (data position,
@@ -11,9 +11,9 @@ from mistake import Mistake
 
 
 class MetricsWriter:
-    """Writes rows to `output_dir`/metrics.jsonl; of an earlier attempt, those before `resume_step` stay.
+    """Writes rows to `output_dir`/metrics.jsonl; an earlier attempt's rows before `resume_step` stay.
 
-    process: of several, which one writes: names get its number from 1 on (metrics-1.jsonl).  enabled: False writes
+    process: number of the process that writes; from 1 on it is in the names (metrics-1.jsonl).  enabled: False writes
     nothing at all (all processes but the first, unless each is to have its log).
     tensorboard: also write scalars to output_dir/tensorboard (extra `tensorboard`).  wandb: keyword arguments of
     wandb.init, or None (extra `wandb`).  Raises Mistake naming the flag when the extra is not installed.
@@ -36,7 +36,7 @@ class MetricsWriter:
         self._wandb = _open_wandb(wandb) if wandb is not None else None
 
     def write(self, step: int, row: dict) -> None:
-        """Writes {'step': step} | row; values are plain numbers."""
+        """Write {'step': step} | row; values are plain numbers."""
         if not self.enabled:
             return
         self._file.write(json.dumps(dict(step=step) | row) + '\n')
@@ -48,6 +48,7 @@ class MetricsWriter:
             self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
+        """Close the files and end the Weights & Biases run."""
         if not self.enabled:
             return
         self._file.close()

@@ -59,7 +59,7 @@ def make_records(batches: int, batch_size: int, length: int, vocab_size: int, se
 
 
 def make_batch(records: list[list[int]], length: int, loss: str) -> Batch:
-    """The records as data.batches.Rows has them, T = `length`: loss on the last token only ('answer'), or on 'all'."""
+    """The records as data/rows.py has them, T = `length`: loss on the last token only ('answer'), or on 'all'."""
     B = len(records)
     P = 1 if loss == 'answer' else length
     tokens_BT, segments_BT = np.zeros((B, length), np.int32), np.zeros((B, length), np.int32)

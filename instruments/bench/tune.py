@@ -19,7 +19,7 @@ from absl import app, flags
 from instruments.bench import attention as benchmark
 from instruments.bench import shapes
 from kernels import tuned
-from kernels.tiles import Tiles
+from kernels.tiles import FlashTiles, Tiles
 from mistake import Mistake
 
 TIE = 1.05
@@ -51,7 +51,7 @@ def trial(kernel: str, shape, target: str, tiles) -> dict:
     """The static time of a kernel with these tiles, or why it cannot be had."""
     backward = kernel == 'flash_backward'
     try:
-        case = benchmark.ours(shape, backward, tiles=(tiles, tiles))
+        case = benchmark.ours(shape, backward, tiles=FlashTiles(tiles, tiles))
         row = benchmark.static_row(case, shape, backward, target)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return dict(error=str(error)[:200])
