@@ -120,7 +120,7 @@ def valid_meshes(config: LlamaConfig, devices: int, batch_size: int) -> tuple[li
 
 def check_rows(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises Mistake unless every device gets the same number of rows."""
-    if batch_size < 1 or batch_size % rows_unit(mesh):
+    if batch_size % rows_unit(mesh):
         raise Mistake(f'{batch_size=} is not divisible by dp*fsdp={rows_unit(mesh)}: change it or --mesh_dim')
 
 
