@@ -15,7 +15,7 @@ from checkpoint.writing import appears_whole
 from data.tokenizer import Tokenizer, load_tokenizer
 from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config
-from program import flags
+from program import flags, parse
 
 UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 
@@ -119,4 +119,4 @@ def usage(output: Path, kind: str, tokenizer: Tokenizer | None) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.CONVERT)
+    parse.run(main, flags.CONVERT)

@@ -32,7 +32,7 @@ from evaluation.client import Server
 from hosts import processes
 from hosts.start import failing_together
 from mistake import Mistake
-from program import flags
+from program import flags, parse
 from program.model import describe, open_model
 from serving.engine import Engine
 
@@ -90,9 +90,6 @@ def output_directory(config) -> Path:
     """Where to write; also refuses flags that cannot go together, before any work."""
     if bool(config.url) == bool(config.load_checkpoint):
         raise Mistake(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
-    for name, least in (('samples', 0), ('sample_tokens', 1), ('max_new_tokens', 1), ('batch_size', 1)):
-        if config[name] < least:
-            raise Mistake(f'{name}={config[name]} must be at least {least}')
     output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
     if (output / 'evaluation.json').exists():
         raise Mistake(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')
@@ -243,4 +240,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.EVALUATE)
+    parse.run(main, flags.EVALUATE)

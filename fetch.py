@@ -8,12 +8,12 @@ Every other program understands these names wherever it takes a path.  program/a
 """
 from pathlib import Path
 
-from program import flags
-from program.assets import ASSETS, fetch
+from program import flags, parse
+from program.assets import ASSETS, cache_directory, fetch
 
 
 def main(config) -> None:
-    cache = Path(config.cache_dir) if config.cache_dir else flags.cache_directory()
+    cache = Path(config.cache_dir) if config.cache_dir else cache_directory()
     if config.list or not config.name:
         for name, asset in ASSETS.items():
             state = 'fetched' if (cache / name).exists() else 'not fetched'
@@ -25,4 +25,4 @@ def main(config) -> None:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.ASSETS)
+    parse.run(main, flags.ASSETS)

@@ -31,7 +31,7 @@ from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import check_rows, make_mesh, rows_unit
-from program import flags
+from program import flags, parse
 from serving.engine import check_lengths
 from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
@@ -94,7 +94,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     """Read the sizes and how they are computed; --update_llama_config may state both, as in train.py."""
     if not config.load_llama_config:
         raise Mistake('load_llama_config is empty: name the model to plan for, for example --load_llama_config=3b')
-    update = flags.literals('update_llama_config', config.update_llama_config)
+    update = parse.literals('update_llama_config', config.update_llama_config)
     remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     for policy in filter(None, remat.values()):
         llama.remat_policy(policy)  # raises for one that is not known
@@ -103,12 +103,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
 
 
 def check_flags(config, sizes: LlamaConfig) -> None:
-    """Raise Mistake for numbers that no run can have."""
-    if config.optimizer.accumulate_gradient_steps < 1:
-        raise Mistake(f'{config.optimizer.accumulate_gradient_steps=} must be at least 1')
-    for name in ('batch_size', 'seq_length'):
-        if config[name] < 1:
-            raise Mistake(f'{name}={config[name]} must be at least 1')
+    """Raise Mistake for lengths that no server can have."""
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)
 
@@ -148,7 +143,7 @@ def command(config, plan: MeshPlan) -> str:
         rows = f'train_dataset.{config.train_dataset.type}_dataset'
         table, size, length = flags.TRAIN, f'{rows}.batch_size', f'{rows}.seq_length'
     known = {flag.name: flag.default for flag in table}
-    values = {flag.name: functools.reduce(lambda node, part: node[part], flag.name.split('.'), config)
+    values = {flag.name: parse.value_of(config, flag.name)
               for flag in flags.PLAN if flag.name in known and flag.name not in ('seq_length', 'batch_size')}
     values |= {'mesh_dim': plan.mesh_dim, size: plan.batch_size, length: config.seq_length}
     if config.serve:
@@ -159,4 +154,4 @@ def command(config, plan: MeshPlan) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.PLAN)
+    parse.run(main, flags.PLAN)

@@ -23,7 +23,7 @@ from pathlib import Path
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
 from mistake import Mistake
-from program import flags
+from program import flags, parse
 
 
 def main(config) -> None:
@@ -103,4 +103,4 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.PREPARE)
+    parse.run(main, flags.PREPARE)

@@ -27,9 +27,9 @@ from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from program import flags
+from program import flags, parse
 from program.model import Model, describe, open_model
-from serving.api import MAX_TEMPERATURE, Options, make_app
+from serving.api import Options, make_app
 from serving.engine import PROGRAMS, Engine, check_batch_size, check_beams, check_lengths
 from serving.followers import CallLine, follow
 from serving.thread import EngineThread
@@ -92,13 +92,7 @@ def programs_of(pre_compile: str) -> tuple[str, ...]:
 
 
 def options_of(lm_server) -> Options:
-    """The flags of the HTTP side, checked."""
-    if not 0 <= lm_server.default_temperature <= MAX_TEMPERATURE:
-        raise Mistake(f'lm_server.default_temperature={lm_server.default_temperature} must be from 0 (greedy) to '
-                         f'{MAX_TEMPERATURE:g}')
-    for name, least in (('max_body_bytes', 1), ('queue_size', 0), ('greedy_until_max_length', 1)):
-        if lm_server[name] < least:
-            raise Mistake(f'lm_server.{name}={lm_server[name]} must be at least {least}')
+    """Take the flags of the HTTP side."""
     names = {field.name for field in dataclasses.fields(Options)}
     return Options(**{name: value for name, value in lm_server.items() if name in names})
 
@@ -111,8 +105,6 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises Mistake naming --lm_server.host or --lm_server.port and what to do.
     """
-    if not 0 <= port <= 65535:
-        raise Mistake(f'lm_server.{port=} must be from 0 to 65535: choose another --lm_server.port')
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError):
@@ -172,4 +164,4 @@ def load_engine(config, model: Model) -> Engine:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.SERVE)
+    parse.run(main, flags.SERVE)

@@ -28,7 +28,7 @@ from instruments.planning.one_mesh import Setting
 from mistake import Mistake
 from model.config import LlamaConfig, config_to_dict, named_config, updated
 from model.llama import remat_policy
-from program import flags
+from program import flags, parse
 from program import model as wiring
 from training import loop, step
 from training.metrics import MetricsWriter
@@ -119,7 +119,7 @@ def model_flags(config) -> tuple[LlamaConfig, dict[str, str]]:
     else:
         own = load.read_config(config.load_checkpoint) if config.load_checkpoint and not changed else None
         stated = own or LlamaConfig(**sizes)
-    update = flags.literals('update_llama_config', config.update_llama_config)
+    update = parse.literals('update_llama_config', config.update_llama_config)
     for name in sorted(set(update) & set(only)):
         if update.pop(name) != only[name].default:
             raise Mistake(f'update_llama_config: {name} must stay {only[name].default!r}: {only[name].only}')
@@ -160,8 +160,6 @@ def wandb_options(config, output_dir: pathlib.Path) -> dict:
 
 def read_hyperparameters(options, total_steps: int) -> Hyperparameters:
     """The optimizer's hyperparameters; lr_decay_steps=0 means the number of optimizer steps of this run."""
-    if options.accumulate_gradient_steps < 1:
-        raise Mistake(f'optimizer.accumulate_gradient_steps={options.accumulate_gradient_steps} must be at least 1')
     if options.type == 'palm':
         return Palm(**options.palm_optimizer.to_dict())
     hyper = options.adamw_optimizer.to_dict()
@@ -400,4 +398,4 @@ def serving_flags(config, output_dir: pathlib.Path) -> str:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.TRAIN)
+    parse.run(main, flags.TRAIN)

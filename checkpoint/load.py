@@ -30,7 +30,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes, toke
 from mistake import Mistake
 from model.config import LlamaConfig, config_from_dict, config_to_dict
 from model.llama import Llama, abstract_params, weight_specs
-from model.partition import WeightSpec
+from model.weights import WeightSpec
 
 EASYLM = ('params', 'trainstate', 'trainstate_params', 'flax_params')
 TYPES = ('hf', 'gguf', *EASYLM)

@@ -75,8 +75,6 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
     With several processes all call it, with the same arguments; what fails on one raises on all, at the latest after
     processes.PATIENCE_SECONDS.
     """
-    if keep < 1:
-        raise ValueError(f'{keep=} must be at least 1')
     for name in (*arrays, *files):
         if not name.replace('.', '').replace('_', '').replace('-', '').isalnum() or name.startswith('.'):
             raise ValueError(f'checkpoint entry {name!r} must be a plain name of letters, digits and . _ -')

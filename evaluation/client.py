@@ -21,9 +21,8 @@ class Server:
     """Asks the server at `url`.  batch_size: texts in one request.  timeout: seconds for one answer."""
 
     def __init__(self, url: str, batch_size: int, timeout: float = 600.0):
-        if not url.startswith(('http://', 'https://')) or batch_size < 1:
-            raise Mistake(f'{url=} must begin with http:// or https:// and {batch_size=} be at least 1, '
-                             'for example --url=http://127.0.0.1:5007')
+        if not url.startswith(('http://', 'https://')):
+            raise Mistake(f'{url=} must begin with http:// or https://, for example --url=http://127.0.0.1:5007')
         self.url, self.batch_size, self.timeout = url.rstrip('/'), batch_size, timeout
 
     def loglikelihood(self, prefixes: list[str], texts: list[str],

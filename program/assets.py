@@ -37,7 +37,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mistake import Mistake
-from program import flags
 
 
 class Part(NamedTuple):
@@ -191,6 +190,11 @@ ASSETS = {
 }
 
 
+def cache_directory() -> Path:
+    """Where fetched assets and compiled programs stay: environment variable PALLAMA_CACHE, else ~/.cache/pallama."""
+    return Path(os.environ.get('PALLAMA_CACHE') or '~/.cache/pallama').expanduser()
+
+
 def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) -> Path:
     """Return the directory of the asset `name` in the cache, fetching it when it is not there.
 
@@ -200,7 +204,7 @@ def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) 
     """
     if name not in ASSETS:
         raise Mistake(f'{name=} is no asset; there are {", ".join(ASSETS)}')
-    cache = Path(cache_dir) if cache_dir else flags.cache_directory()
+    cache = Path(cache_dir) if cache_dir else cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     directory, partial, asset = cache / name, cache / f'{name}.partial', ASSETS[name]
     with open(cache / f'.{name}.lock', 'w') as lock:

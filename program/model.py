@@ -15,7 +15,7 @@ from mistake import Mistake
 from model import attention, llama
 from model.config import Compute, LlamaConfig, named_config
 from model.partition import make_mesh
-from program.flags import cache_directory
+from program.assets import cache_directory
 
 
 class Model(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from model.config import LlamaConfig
-from program import flags
+from program import flags, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = {'train': ('python3 -m EasyLM.models.llama.llama_train', flags.TRAIN),
@@ -28,7 +28,7 @@ def printed(golden, name: str) -> list[str]:
 def test_a_printed_command_is_understood_word_for_word(golden, name, count):
     """Each flag that the command gives has the value given; all others have the default of the table."""
     words, (_, table) = printed(golden, name), PROGRAMS[name]
-    config = flags.parse(words, table, '')
+    config = parse.parse(words, table, '')
     given = dict(word.removeprefix('--').split('=', 1) for word in words[1:])
     assert len(given) == count
     for flag in table:
@@ -45,7 +45,7 @@ def test_a_printed_command_is_understood_word_for_word(golden, name, count):
 
 def test_the_printed_training_command_means_the_article_s_run(golden):
     """OpenLLaMA 3B on mesh 1,4,2, and the optimizer that multiplies by the parameters' scale at a constant rate."""
-    config = flags.parse(printed(golden, 'train'), flags.TRAIN, '')
+    config = parse.parse(printed(golden, 'train'), flags.TRAIN, '')
     sizes, remat = train.model_flags(config)
     assert sizes == LlamaConfig(32000, 3200, 8640, 26, 32, max_sequence_length=2048, rms_norm_eps=1e-6)
     assert not any(remat.values())
@@ -90,5 +90,5 @@ def test_the_readme_s_table_lists_every_endpoint():
 
 
 def test_the_flag_reference_is_what_flags_py_says():
-    """docs/FLAGS.md is the output of `python -m program.flags`."""
-    assert (ROOT / 'docs/FLAGS.md').read_text() == flags.reference()
+    """docs/FLAGS.md is the output of `python -m program.parse`."""
+    assert (ROOT / 'docs/FLAGS.md').read_text() == parse.reference()

@@ -16,12 +16,12 @@ from checkpoint.formats import huggingface, huggingface_writer
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from model.config import LlamaConfig, config_to_dict
-from program import flags
+from program import flags, parse
 
 
 def run(spec, kind, output, **more):
     words = [f'--{name.replace("__", ".")}={value}' for name, value in more.items()]
-    convert.main(flags.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
+    convert.main(parse.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
                               *words], flags.CONVERT, ''))
     return output
 
@@ -141,20 +141,21 @@ def test_mistakes_name_the_flag_and_write_nothing(golden, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     words = [word.replace('EASYLM', str(golden / 'easylm/streaming_params_fp32')) for word in words]
     with pytest.raises(ValueError, match=message):
-        convert.main(flags.parse(['convert.py', *words], flags.CONVERT, ''))
+        convert.main(parse.parse(['convert.py', *words], flags.CONVERT, ''))
     assert not list(tmp_path.iterdir())
 
 
 MEASURED = '''
 import sys, pathlib
-import convert, flags
+import convert
 from checkpoint.formats import easylm_writer
 from checkpoint.formats import gguf
 from checkpoint.formats import huggingface_writer
+from program import flags, parse
 status = lambda: {line.split(':')[0]: line.split()[1] for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = int(status()['VmRSS'])
-convert.main(flags.parse(sys.argv, flags.CONVERT, ''))
+convert.main(parse.parse(sys.argv, flags.CONVERT, ''))
 print('PEAK', (int(status()['VmHWM']) - before) * 1024)
 '''
 
@@ -186,7 +187,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         sizes = [f'--load_llama_config=json::{tmp_path}/easylm/llama_config.json'] if source == 'easylm' else []
         done = subprocess.run([sys.executable, '-c', MEASURED, f'--load_checkpoint={spec}', f'--format={target}',
                                f'--output={tmp_path / "new"}', *sizes], capture_output=True, text=True,
-                              env=os.environ | dict(PYTHONPATH=str(flags.__file__.rpartition('/')[0]),
+                              env=os.environ | dict(PYTHONPATH=convert.__file__.rpartition('/')[0],
                                                     JAX_PLATFORMS='none'))
         assert done.returncode == 0, done.stderr
         peaks[f'{source} -> {target}'] = int(done.stdout.split('PEAK ')[1]) / largest

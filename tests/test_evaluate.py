@@ -12,12 +12,13 @@ from evaluate import Asked, change_text, main
 from model.partition import make_mesh
 from program import flags
 from program import model as wiring
+from program.parse import parse as parse_flags
 
 REVIEWS = [('a warm and honest film', 1), ('a waste of a fine idea', 0), ('falls apart halfway', 0), ('sparkles', 1)]
 
 
 def parse(*arguments):
-    return flags.parse(['evaluate.py', *arguments], flags.EVALUATE, '')
+    return parse_flags(['evaluate.py', *arguments], flags.EVALUATE, '')
 
 
 @pytest.fixture

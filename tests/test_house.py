@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from program import flags
+from program import flags, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {  # room -> the rooms it may import from; programs may import everything
@@ -66,7 +66,7 @@ def test_printed_commands_have_flags_that_exist(text):
     for program, arguments in found:
         if '…' not in arguments and program in tables:
             words = [word.replace('$RECIPE', str(ROOT / 'configs/quickstart.py')) for word in shlex.split(arguments)]
-            flags.parse([program, *words], tables[program], '')
+            parse.parse([program, *words], tables[program], '')
 
 
 def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():

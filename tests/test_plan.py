@@ -27,6 +27,7 @@ from kernels import chips
 from model.config import MODELS, Compute
 from model.partition import make_mesh
 from program import flags
+from program.parse import parse as parse_flags
 from training import step
 from training.optimizer import AdamW
 
@@ -338,14 +339,14 @@ def test_resized_keeps_positions_and_segments():
 
 
 def parse(*arguments):
-    return flags.parse(['plan.py', '--topology=v5e:2x4', '--load_llama_config=debug', *arguments], flags.PLAN, '')
+    return parse_flags(['plan.py', '--topology=v5e:2x4', '--load_llama_config=debug', *arguments], flags.PLAN, '')
 
 
 def test_a_recipe_of_train_py_is_understood(golden):
     """Row count, length, mesh and what the optimizer keeps come from it; its data and learning rates are left be."""
     configs = golden.parent.parent / 'configs'
-    assert flags.parse(['plan.py', f'--config={configs}/tiny.py'], flags.PLAN, '').seq_length == 128
-    config = flags.parse(['plan.py', f'--config={configs}/article_001.py', '--batch_size=16'], flags.PLAN, '')
+    assert parse_flags(['plan.py', f'--config={configs}/tiny.py'], flags.PLAN, '').seq_length == 128
+    config = parse_flags(['plan.py', f'--config={configs}/article_001.py', '--batch_size=16'], flags.PLAN, '')
     assert (config.mesh_dim, config.seq_length, config.batch_size) == ('1,4,2', 1024, 16)
     assert config.load_llama_config == '3b'
     assert program.hyperparameters(config.optimizer) == AdamW(bf16_momentum=True, multiply_by_parameter_scale=True)
@@ -357,13 +358,13 @@ def test_the_printed_command_says_what_was_planned():
                    '--update_llama_config=dict(num_hidden_layers=4)', '--train_dataset.type=json')
     words = shlex.split(program.command(config, plan('2,2,2', batch_size=16)))
     assert words[:2] == ['python', 'train.py'] and words[-1] == '…'
-    train = flags.parse(words[1:-1], flags.TRAIN, '')
+    train = parse_flags(words[1:-1], flags.TRAIN, '')
     rows = train.train_dataset.json_dataset
     assert (train.mesh_dim, rows.batch_size, rows.seq_length, train.dtype) == ('2,2,2', 16, 512, 'bf16')
     assert train.llama.remat_block == 'save:q,k' and train.optimizer.adamw_optimizer.bf16_momentum
     assert train.update_llama_config == 'dict(num_hidden_layers=4)' and train.attention == 'pallas'
     served = shlex.split(program.command(parse('--serve', '--seq_length=256'), plan('1,1,8', batch_size=4)))
-    serve = flags.parse(served[1:-1], flags.SERVE, '')
+    serve = parse_flags(served[1:-1], flags.SERVE, '')
     assert (serve.mesh_dim, serve.lm_server.batch_size, serve.input_length, serve.seq_length) == ('1,1,8', 4, 128, 256)
 
 

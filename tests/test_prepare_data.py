@@ -12,7 +12,7 @@ import prepare_data
 from data.labelled import Example, read_labelled, sample
 from data.records import RecordReader
 from data.text_processor import TextProcessor
-from program import flags
+from program import flags, parse
 
 ROWS = [{'text': 'a fine film', 'label': 1}, {'text': 'dull , "flat" and long', 'label': 0},
         {'text': 'café', 'label': 1}]
@@ -36,7 +36,7 @@ def write_jsonl(path, rows):
 
 
 def prepare(*arguments):
-    prepare_data.main(flags.parse(['prepare_data.py', *arguments], flags.PREPARE, prepare_data.__doc__))
+    prepare_data.main(parse.parse(['prepare_data.py', *arguments], flags.PREPARE, prepare_data.__doc__))
 
 
 def counts(examples):

@@ -26,7 +26,7 @@ from checkpoint import native
 from hosts import processes, start
 from mistake import Mistake
 from model.partition import make_mesh
-from program import flags
+from program import flags, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 OPTIMIZER = '--optimizer.adamw_optimizer.'
@@ -151,7 +151,7 @@ def test_strangers_at_the_port_do_not_disturb_the_roll_call():
 WORKER = """
 import json, pathlib
 import jax, numpy as np, jax.numpy as jnp
-from program import flags
+from program import flags, parse
 from hosts import start
 from checkpoint import native
 from mistake import Mistake
@@ -176,7 +176,7 @@ def main(config):
     said = body(directory, arrays, outcome)
     pathlib.Path(f'{{directory}}-{{processes.index()}}.json').write_text(json.dumps(said))
 
-flags.run(main, flags.TRAIN)
+parse.run(main, flags.TRAIN)
 """
 
 
@@ -319,7 +319,7 @@ def compare(ours: list[dict], theirs: list[dict], loss: float, gradient: float, 
 
 
 def train_here(*arguments) -> None:
-    train.main(flags.parse(list(arguments), flags.TRAIN, ''))
+    train.main(parse.parse(list(arguments), flags.TRAIN, ''))
 
 
 @pytest.mark.long
@@ -345,9 +345,9 @@ def test_processes_train_save_resume_and_die_together(golden, tmp_path):
     compare(two, json.loads((golden / 'easylm/train_curve.json').read_text())[:8], 2e-3, 1e-2, 1e-4)
 
     shutil.copytree(tmp_path / 'two/step_00000004', tmp_path / 'four/step_00000004')
-    (tmp_path / 'soon.py').write_text('import train\nfrom program import flags\nfrom hosts import start\n'
+    (tmp_path / 'soon.py').write_text('import train\nfrom program import flags, parse\nfrom hosts import start\n'
                                       'start.HEARTBEAT_SECONDS = 15\n'
-                                      'flags.run(train.main, flags.TRAIN)\n')
+                                      'parse.run(train.main, flags.TRAIN)\n')
     four = launch(4, 2, [str(tmp_path / 'soon.py'), *article(
         golden, tmp_path / 'four', '--mesh_dim=2,2,2', '--total_steps=1000', '--resume=True')[1:]], tmp_path)
     try:
@@ -384,6 +384,6 @@ def test_a_mistake_on_one_process_ends_all_with_its_line(tmp_path):
 
 def test_easylm_s_format_is_refused_before_several_processes_train(golden, monkeypatch):
     monkeypatch.setattr(train.processes, 'count', lambda: 2)
-    config = flags.parse(article(golden, 'x', '--checkpointer.format=easylm'), flags.TRAIN, '')
+    config = parse.parse(article(golden, 'x', '--checkpointer.format=easylm'), flags.TRAIN, '')
     with pytest.raises(ValueError, match='format=easylm is written by one process, and this run has 2: leave it nat'):
         train.saver(config, None, None, None, config.train_dataset, None, 1)

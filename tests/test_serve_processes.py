@@ -26,7 +26,7 @@ from checkpoint.load import load_params
 from data.tokenizer import load_tokenizer
 from hosts import processes
 from model.config import Compute, config_from_dict
-from program import flags
+from program import flags, parse
 from serving import followers
 from serving.api import Options, make_app
 from serving.engine import Engine, RequestError
@@ -38,7 +38,7 @@ PRETEND = """
 import os, sys, time
 from types import SimpleNamespace
 import serve
-from program import flags
+from program import flags, parse
 from serving.engine import Generation, RequestError
 
 class Engine:
@@ -68,7 +68,7 @@ class Engine:
 
 serve.open_model = lambda config: SimpleNamespace(template=None)
 serve.load_engine = lambda config, model: Engine()
-flags.run(serve.main, flags.SERVE)
+parse.run(serve.main, flags.SERVE)
 """
 
 
@@ -327,4 +327,4 @@ def test_processes_with_other_files_are_refused(monkeypatch):
     monkeypatch.setattr(processes, 'exchange', lambda text: [text, text.replace('own', 'other')])
     model = SimpleNamespace(tokenizer=SimpleNamespace(fingerprint='own'), config='sizes')
     with pytest.raises(ValueError, match='the tokenizer and the model is own sizes on process 0 and other sizes on'):
-        serve.load_engine(flags.parse(['serve.py', '--load_checkpoint=x'], flags.SERVE, ''), model)
+        serve.load_engine(parse.parse(['serve.py', '--load_checkpoint=x'], flags.SERVE, ''), model)

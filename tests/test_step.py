@@ -3,6 +3,7 @@ import collections
 import dataclasses
 import re
 
+import jax
 import pytest
 from helpers import MESHES, QUICK, TINY
 
@@ -75,7 +76,7 @@ def predicted(mesh_dim: str, remat: bool) -> dict:
     """docs/PARTITIONING.md: bytes of one device by (collective, axes), of everything above 2 KB; float32."""
     dp, fsdp, mp = map(int, mesh_dim.split(','))
     N, M, K, D = TINY.num_hidden_layers, TINY.hidden_size, TINY.num_key_value_heads, TINY.head_dim
-    matrices = [spec for spec in optimizer.spec_leaves(llama.weight_specs(TINY)) if spec.init == 'normal']
+    matrices = [spec for spec in jax.tree.leaves(llama.weight_specs(TINY)) if spec.init == 'normal']
     layers, ends = (4 * sum(spec.size for spec in matrices if spec.stacked is stacked) for stacked in (True, False))
     activation = 4 * B // (dp * fsdp) * T * M
     shared = 4 * N * 2 * M * K * D if mp > K else 0

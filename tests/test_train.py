@@ -15,7 +15,7 @@ import train
 from checkpoint import load, native
 from model.config import MODELS, LlamaConfig, named_config
 from model.partition import make_mesh
-from program import flags
+from program import flags, parse
 from training.optimizer import AdamW, Palm
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,7 +23,7 @@ OPTIMIZER = '--optimizer.adamw_optimizer.'
 
 
 def run(*arguments) -> None:
-    train.main(flags.parse(['train.py', *arguments], flags.TRAIN, ''))
+    train.main(parse.parse(['train.py', *arguments], flags.TRAIN, ''))
 
 
 def metrics(directory) -> list[dict]:
@@ -126,14 +126,14 @@ def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path)
     (OPTIMIZER + 'lr=0', 'optimizer.adamw_optimizer.lr=0.0 must be above 0'),
     (OPTIMIZER + 'lr_warmup_steps=200000000', 'must exceed lr_warmup_steps'),
     ('--total_steps=0', 'total_steps=0 needs'),
-    (OPTIMIZER + 'learning_rate=1', "Unknown command line flag 'optimizer.adamw_optimizer.learning_rate'"),
+    (OPTIMIZER + 'learning_rate=1', "unknown flag --optimizer.adamw_optimizer.learning_rate: did you mean --opt"),
     ('--config=configs/none.py', "config='configs/none.py' does not exist"),
     ('--load_llama_config=json::/no/such.json', "load_llama_config='json::/no/such.json' cannot be read: No such file"),
 ])
 def test_mistakes_end_with_one_line_and_exit_code_2(golden, tmp_path, monkeypatch, capsys, wrong, says):
     monkeypatch.setattr('sys.argv', ['train.py', *easylm_flags(golden, tmp_path), '--mesh_dim=1,8,1', wrong])
     with pytest.raises(SystemExit) as exit:
-        flags.run(train.main, flags.TRAIN)
+        parse.run(train.main, flags.TRAIN)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2 and line.startswith('train.py: ')
     assert re.search(says, line), line
@@ -183,7 +183,7 @@ def test_an_accumulation_that_would_never_end_is_refused(golden, tmp_path):
 
 
 def model_flags(*arguments):
-    return train.model_flags(flags.parse(['train.py', *arguments], flags.TRAIN, ''))
+    return train.model_flags(parse.parse(['train.py', *arguments], flags.TRAIN, ''))
 
 
 def test_defaults_of_flags_are_those_of_the_classes_they_fill():
@@ -242,7 +242,7 @@ def test_random_weights_make_room_for_the_tokenizer(golden, tmp_path):
 
 
 def wandb_options(tmp_path, *arguments):
-    config = flags.parse(['train.py', f'--logger.output_dir={tmp_path}', *arguments], flags.TRAIN, '')
+    config = parse.parse(['train.py', f'--logger.output_dir={tmp_path}', *arguments], flags.TRAIN, '')
     return train.wandb_options(config, train.run_directory(config.logger)), train.run_directory(config.logger)
 
 

@@ -7,7 +7,7 @@ import pytest
 import convert
 from checkpoint import load
 from data.tokenizer import load_tokenizer
-from program import flags
+from program import flags, parse
 
 pytestmark = pytest.mark.oracle
 
@@ -15,7 +15,7 @@ CASES = ('gqa_tied', 'head_dim_100', 'llama31_rope', 'mha_untied')
 
 
 def run(spec, kind, output, *words):
-    convert.main(flags.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
+    convert.main(parse.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
                               *words], flags.CONVERT, ''))
     return output
 

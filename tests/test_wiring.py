@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hosts import start
-from program import flags
+from program import flags, parse
 from program import model as wiring
 
 
@@ -38,7 +38,7 @@ def test_compiled_programs_are_kept_where_only_the_user_reads(monkeypatch, tmp_p
 
 
 def distributed(*arguments):
-    config = flags.parse(['serve.py', *arguments], flags.SERVE, '')
+    config = parse.parse(['serve.py', *arguments], flags.SERVE, '')
     return start.start_processes(config)
 
 
@@ -70,13 +70,13 @@ def test_a_host_of_a_slice_that_was_started_alone_is_refused(monkeypatch):
     """On one host of many JAX counts all, but nobody has called them together."""
     monkeypatch.setattr(jax, 'process_count', lambda: 4)
     with pytest.raises(ValueError, match='one of 4 hosts of a slice: start the program on all of them with --jax_dist'):
-        wiring.open_model(flags.parse(['serve.py'], flags.SERVE, ''))
+        wiring.open_model(parse.parse(['serve.py'], flags.SERVE, ''))
 
 
 def test_flags_of_another_process_are_compared_by_name(monkeypatch):
     """process_id may differ; any other flag is named with both values."""
-    ours = flags.parse(['serve.py', '--mesh_dim=1,1,8'], flags.SERVE, '')
-    theirs = flags.parse(['serve.py', '--mesh_dim=1,2,4', '--jax_distributed.process_id=1'], flags.SERVE, '')
+    ours = parse.parse(['serve.py', '--mesh_dim=1,1,8'], flags.SERVE, '')
+    theirs = parse.parse(['serve.py', '--mesh_dim=1,2,4', '--jax_distributed.process_id=1'], flags.SERVE, '')
     sent = []
     monkeypatch.setattr(wiring.processes, 'exchange', lambda text: sent.append(text) or [text])
     start.refuse_other_flags(theirs)
@@ -84,4 +84,4 @@ def test_flags_of_another_process_are_compared_by_name(monkeypatch):
     with pytest.raises(ValueError, match="mesh_dim is '1,1,8' on process 0 and '1,2,4' on process 1: start all"):
         start.refuse_other_flags(ours)
     monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [sent[0], text])
-    start.refuse_other_flags(flags.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))
+    start.refuse_other_flags(parse.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))

@@ -1,4 +1,4 @@
-"""The loop around the step: batches in, log lines and checkpoints out.  Before: step.py, compiled.py."""
+"""The loop around the step: batches in, log lines and checkpoints out.  Before: training/step.py."""
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.batches import Batch
 from model.partition import BATCH
 from training.metrics import MetricsWriter
-from training.step import TrainState
+from training.state import TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict]]  # training/step.py makes one; metrics are scalars
 
