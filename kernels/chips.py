@@ -16,6 +16,8 @@ the others a torus with wrap-around links from a cube of 4x4x4 on (the same chap
 """
 import dataclasses
 
+from mistake import Mistake
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -59,10 +61,10 @@ def find(name: str) -> Chip:
     """Find a chip by its name ('v5e'), that of a slice ('v5e:4x8', 'tpu7x:2x2x1') or of a device ('TPU v5 lite').
 
     Raises:
-      ValueError: there is no such chip here; the message lists them.
+      Mistake: there is no such chip here; the message lists them.
     """
     prefix = name.split(':')[0]
     for chip in CHIPS.values():
         if prefix in (chip.name, chip.topology.split(':')[0], *chip.kinds):
             return chip
-    raise ValueError(f'{name=} names no chip: one of {", ".join(CHIPS)}')
+    raise Mistake(f'{name=} names no chip: one of {", ".join(CHIPS)}')

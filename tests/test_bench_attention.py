@@ -1,7 +1,10 @@
 """The benchmark of the kernels: nothing is timed that is wrong, nothing twice, and nothing in interpret mode."""
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -170,3 +173,10 @@ def test_the_roofline_is_a_picture(tmp_path):
 
 def test_rows_are_json(tmp_path):
     assert json.loads(json.dumps(benchmark.describe('d1', shapes.DECODE['d1'], 'paged', 'forward', (128, 8), 'v5e')))
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, '-m', 'instruments.bench.attention', '--target=v5e', '--shapes=s9'],
+                          cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+    assert done.stderr.startswith("attention.py: ['s9'] is none of SHAPES=['s1', ")

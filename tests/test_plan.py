@@ -24,6 +24,7 @@ from instruments.planning.search import choose, largest_batch, valid_meshes
 from instruments.tpu import compile as tpu_compile
 from instruments.tpu.estimate import Estimate
 from kernels import chips
+from mistake import Mistake
 from model.config import MODELS, Compute
 from model.partition import make_mesh
 from program import flags
@@ -454,9 +455,10 @@ def test_decoding_is_counted_for_one_token():
     (['--llama.remat_mlp=save:x'], "'save:x' is not known"),
     (['--serve', '--seq_length=4096'], 'seq_length=4096 is more than the model was made for'),
     (['--optimizer.accumulate_gradient_steps=0'], 'accumulate_gradient_steps=0 must be at least 1'),
+    (['--topology=v9:2x2'], "name='v9:2x2' names no chip: one of v4, v5e"),
 ])
 def test_wrong_flags_are_refused_before_anything_is_compiled(arguments, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(Mistake, match=says):
         program.main(parse(*arguments))
 
 

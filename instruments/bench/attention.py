@@ -25,10 +25,10 @@ import pathlib
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental.pallas import tpu as pltpu
 
-from instruments.bench import anchors, report, shapes
+from instruments.bench import anchors, command_line, report, shapes
 from instruments.bench.cases import Case, inputs, ours, takes, with_gradient
 from instruments.bench.shapes import AttentionShape, DecodeShape
 from instruments.bench.timing import attached_chip, static_row, wall_clock_row
@@ -178,9 +178,7 @@ def run(names, kernels, passes, targets, output: pathlib.Path) -> list[dict]:
     return rows
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+def main() -> None:
     flag = flags.FLAGS
     unknown = ((set(flag.shapes) - set(SHAPES)) | (set(flag.kernels) - set(KERNELS)) | (set(flag.passes) - set(PASSES)))
     if unknown:
@@ -202,4 +200,4 @@ if __name__ == '__main__':
     flags.DEFINE_list('kernels', KERNELS, 'kernels to time')
     flags.DEFINE_list('passes', PASSES, 'forward, backward')
     flags.DEFINE_string('output', 'runs/benchmark', 'folder of rows.jsonl, table.md and roofline.png')
-    app.run(main)
+    command_line.run(main)

@@ -7,13 +7,12 @@ Prints one line each (code and temporary bytes, or the compiler's error) and fai
 import itertools
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from instruments.bench import shapes
+from instruments.bench import command_line, shapes
 from instruments.bench.cases import abstract_inputs, ours, takes
 from instruments.bench.shapes import AttentionShape, DecodeShape
 from instruments.tpu.compile import compile_for
-from mistake import Mistake
 
 
 def compile_shape(name: str, shape: AttentionShape | DecodeShape, backward: bool, target: str) -> str | None:
@@ -32,9 +31,7 @@ def compile_shape(name: str, shape: AttentionShape | DecodeShape, backward: bool
     return None
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+def main() -> None:
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     refused = []
     wanted = [*shapes.ATTENTION.items(), *shapes.DECODE.items()]
@@ -53,4 +50,4 @@ def main(argv):
 if __name__ == '__main__':
     flags.DEFINE_list('target', ['v4', 'v5e', 'v5p', 'v6e'], 'chips to compile for')
     flags.DEFINE_list('shapes', [], 'names of instruments/bench/shapes.py; empty: all')
-    app.run(main)
+    command_line.run(main)

@@ -14,9 +14,9 @@ import json
 import pathlib
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from instruments.bench import shapes
+from instruments.bench import command_line, shapes
 from instruments.bench.attention import OURS, TIMED_BY
 from instruments.bench.cases import ours
 from instruments.bench.timing import static_row
@@ -110,9 +110,7 @@ def merge(rows: list[dict], path: pathlib.Path) -> None:
     path.write_text('{"method": "static time, kernel_time/static_cost.py", "rows": [\n' + ',\n'.join(lines) + '\n]}\n')
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+def main() -> None:
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     flag = flags.FLAGS
     unknown = (set(flag.kernels) - set(GRIDS)) | (set(flag.shapes) - set(shapes.ATTENTION))
@@ -129,4 +127,4 @@ if __name__ == '__main__':
     flags.DEFINE_list('shapes', ['s1', 's2', 's3', 's4'], 'names of instruments/bench/shapes.py')
     flags.DEFINE_list('kernels', list(GRIDS), 'kernels to tune')
     flags.DEFINE_string('output', 'runs/tune', 'folder of the trials')
-    app.run(main)
+    command_line.run(main)

@@ -41,7 +41,7 @@ from training.optimizer import Hyperparameters
 
 
 class Setting(NamedTuple):
-    """Decide a step's program, all but the shape of its batch.
+    """Hold what decides a step's program, all but the shape of its batch.
 
     mesh_dim: as the user wrote it ('!1,4,2', 'dp:1,mp:2,fsdp:4'); '' stands for the mesh's sizes.
     """
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
 
     @property
     def spelling(self) -> str:
-        """The --mesh_dim that makes this mesh."""
+        """Write the --mesh_dim that makes this mesh."""
         return self.mesh_dim or mesh_dim_of(self.mesh)
 
     def lower(self, batch: Batch, state: step.TrainState | None = None) -> jax.stages.Lowered:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 
 class Shortage(NamedTuple):
-    """Bytes of a device."""
+    """Hold bytes of a device."""
 
     needed: int
     available: int

@@ -1,5 +1,6 @@
-"""Choose among meshes: those that divide a model, the fastest that fits, what to try when memory is short, the largest
-batch.  Before: one_mesh.py.
+"""Choose among meshes: which divide a model, which is best, what to try next, how large a batch may be.
+
+Before: one_mesh.py.
 """
 import dataclasses
 import math

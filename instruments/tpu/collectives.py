@@ -1,4 +1,4 @@
-"""The collectives of a compiled program: kind, mesh axes, bytes, and how often each runs in one execution.
+"""List the collectives of a compiled program: kind, mesh axes, bytes, and how often each runs in one execution.
 
     for collective in collectives(compiled.as_text(), mesh): print(collective, collective.wire_bytes)
 
@@ -34,14 +34,14 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> int:
-        """What one device sends in one execution, by the ring algorithms; others send no less."""
+        """Count the bytes that a device sends in one execution by the ring algorithms; others send no less."""
         if self.kind == 'collective-permute':
             return self.bytes
         return (2 if self.kind == 'all-reduce' else 1) * self.bytes * (self.devices - 1) // self.devices
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """The collectives of an optimised module's text, equal ones merged, sorted.
+    """List the collectives of an optimised module's text, equal ones merged, sorted.
 
     Of a conditional the branch that sends most is taken.
 
@@ -54,7 +54,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def bytes_by_axis(found: list[Collective]) -> dict[str, int]:
-    """What one device sends along each mesh axis in one run; a collective over two axes is under 'fsdp,mp'."""
+    """Add up what a device sends along each mesh axis in one run, in bytes; over two axes it is under 'fsdp,mp'."""
     total = counters.Counter()
     for collective in found:
         total[','.join(collective.axes)] += collective.wire_bytes * collective.times
@@ -62,7 +62,7 @@ def bytes_by_axis(found: list[Collective]) -> dict[str, int]:
 
 
 def of_computation(module: hlo.Module, name: str, mesh: Mesh, known: dict) -> counters.Counter:
-    """{collective with times=1: executions} of one run of a computation."""
+    """Count {collective with times=1: executions} in one run of a computation."""
     if name not in known:
         total = counters.Counter()
         for instruction in module.computations[name]:
@@ -81,7 +81,7 @@ def sent(found: counters.Counter) -> int:
 
 
 def of_instruction(module: hlo.Module, computation: str, instruction: hlo.Instruction, mesh: Mesh) -> Collective | None:
-    """The collective that an instruction starts, or None; one without partners (groups of one device) is none."""
+    """Read the collective that an instruction starts, or None; one without partners (groups of one device) is none."""
     kind = instruction.opcode.removesuffix('-start')
     neighbours = module.computations[computation]
     if kind not in KINDS or (CHAIN in instruction.attributes and not starts(neighbours)):
@@ -103,7 +103,7 @@ def of_instruction(module: hlo.Module, computation: str, instruction: hlo.Instru
 
 
 def starts(instructions: list[hlo.Instruction]) -> bool:
-    """Whether a fused computation is the one that starts an asynchronous collective."""
+    """Say whether a fused computation is the one that starts an asynchronous collective."""
     return any('custom_call_target="AsyncCollectiveStart"' in instruction.attributes for instruction in instructions)
 
 

@@ -46,7 +46,7 @@ class Estimate:
 
     @property
     def binds(self) -> str:
-        """The name of the largest bound."""
+        """Name the largest bound."""
         return max(self.bounds, key=self.bounds.get)
 
 

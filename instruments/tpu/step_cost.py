@@ -30,7 +30,7 @@ class StepCost:
 
 
 def step_cost(text: str) -> StepCost:
-    """The cost of an optimised module's text (`compile_for(…).text`).  Of a conditional the dearest branch is taken.
+    """Add up the cost of an optimised module's text (`compile_for(…).text`).  A conditional is its dearest branch.
 
     Raises:
       ValueError: the text has no entry computation, or a loop's trip count cannot be read.
@@ -66,5 +66,5 @@ def estimated_cycles(instruction: hlo.Instruction) -> int | None:
 
 
 def is_kernel(instruction: hlo.Instruction) -> bool:
-    """Whether an instruction is a Pallas kernel."""
+    """Say whether an instruction is a Pallas kernel."""
     return instruction.opcode == 'custom-call' and PALLAS in instruction.attributes
