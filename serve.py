@@ -27,10 +27,11 @@ from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
+from model.partition import check_rows
 from program import flags, parse
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
-from serving.engine import PROGRAMS, Engine, check_batch_size, check_beams, check_lengths
+from serving.engine import PROGRAMS, Engine, check_beams, check_lengths
 from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
@@ -151,7 +152,7 @@ def load_engine(config, model: Model) -> Engine:
     processes.refuse_difference('the tokenizer and the model', f'{model.tokenizer.fingerprint} {model.config}',
                                 'give all processes the same files (--load_checkpoint, --tokenizer.vocab_file)')
     check_lengths(config.input_length, config.seq_length, model.config)
-    check_batch_size(config.lm_server.batch_size, model.mesh)
+    check_rows(config.lm_server.batch_size, model.mesh, 'lm_server.batch_size')
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
     params = jax.block_until_ready(model.load_params(spec, config.seed))

@@ -33,7 +33,7 @@ from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
 from model.llama import DTYPES, Llama, hidden_states, partitions
 from model.loss import is_likeliest, logits, token_cross_entropy
-from model.partition import BATCH, all_gather, pytree
+from model.partition import BATCH, all_gather, check_rows, pytree
 from serving import beams
 from serving.sampling import choose, row_keys
 
@@ -165,7 +165,7 @@ class Engine:
                  score_buckets: int = 1):
         check_lengths(input_length, seq_length, config)
         check_beams(do_sample, num_beams)
-        check_batch_size(batch_size, mesh)
+        check_rows(batch_size, mesh, 'batch_size')
         if tokenizer.vocab_size > config.vocab_size:
             raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
                           'they do not belong together (--tokenizer.vocab_file)')
@@ -604,14 +604,6 @@ def check_lengths(input_length: int, seq_length: int, config: LlamaConfig) -> No
     if seq_length > config.max_sequence_length:
         raise Mistake(f'{seq_length=} is more than the model was made for, {config.max_sequence_length=}: '
                       'lower --seq_length (and --input_length)')
-
-
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise Mistake naming the flags unless every device gets the same number of rows."""
-    replicas = mesh.shape['dp'] * mesh.shape['fsdp']
-    if batch_size % replicas:
-        raise Mistake(f'{batch_size=} must be a multiple of dp*fsdp={replicas}, over which its rows are split: '
-                      'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
 
 
 def check_beams(do_sample: bool, num_beams: int) -> None:

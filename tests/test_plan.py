@@ -287,7 +287,7 @@ def test_the_remedy_names_flags_that_have_an_effect(monkeypatch):
     with pytest.raises(ValueError) as error:
         CompiledStep(Full(*own), lambda line: None, batch_size_flag=flag)(*state_and_batch(own, 4))
     said = str(error.value).partition('that fits: ')[2].partition(' and 2 times')[0]
-    train = flags.parse(['train.py', '--llama.remat_attention=save:q,k', '--llama.remat_mlp=nothing_saveable',
+    train = parse_flags(['train.py', '--llama.remat_attention=save:q,k', '--llama.remat_mlp=nothing_saveable',
                          *said.split()], flags.TRAIN, '')
     kept = [train.llama[name] for name in ('remat_block', 'remat_attention', 'remat_mlp')]
     assert kept == ['nothing_saveable', '', '']
@@ -395,7 +395,7 @@ def test_a_mesh_is_planned_as_it_was_written(mesh_dim, tmp_path, monkeypatch, ca
 def test_the_printed_command_names_the_flags_of_the_kind_of_data_set():
     """Without a type that is train.py's default, huggingface: its json_dataset flags would have no effect."""
     words = shlex.split(program.command(parse('--seq_length=512'), plan('2,2,2', batch_size=16)))
-    rows = flags.parse(words[1:-1], flags.TRAIN, '').train_dataset
+    rows = parse_flags(words[1:-1], flags.TRAIN, '').train_dataset
     assert (rows.type, rows.huggingface_dataset.batch_size, rows.huggingface_dataset.seq_length) == (
         'huggingface', 16, 512)
 

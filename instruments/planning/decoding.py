@@ -12,7 +12,8 @@ from instruments.planning.one_mesh import MeshPlan, device_bytes, from_compiled,
 from kernels.chips import Chip
 from model import llama
 from model.config import Compute, LlamaConfig
-from serving.engine import BatchRows, Engine, check_batch_size
+from model.partition import check_rows
+from serving.engine import BatchRows, Engine
 
 
 class Vocabulary(NamedTuple):
@@ -30,7 +31,7 @@ def plan_decoding(sizes: LlamaConfig, compute: Compute, mesh: Mesh, mesh_dim: st
     These are prefill, grow (which holds the short cache and the long one) and decode.  Memory is that of the hungriest,
     the time that of a token of decode.
     """
-    check_batch_size(batch_size, mesh)
+    check_rows(batch_size, mesh, 'batch_size')
     dtype, spec = llama.DTYPES[compute.dtype], jax.ShapeDtypeStruct
     weights = jax.tree.map(lambda x: spec(x.shape, dtype, sharding=x.sharding), llama.abstract_params(sizes, mesh))
     engine = Engine(None, sizes, compute, Vocabulary(sizes.vocab_size, sizes.bos_token_id, sizes.eos_token_id), mesh,

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from checkpoint import load
 from model.config import LlamaConfig
-from model.partition import WeightSpec
+from model.weights import WeightSpec
 
 
 def host_devices(mesh: Mesh) -> list[jax.Device]:
