@@ -25,8 +25,8 @@ from instruments.planning.plan_file import PlanFile
 from instruments.planning.search import choose, largest_batch, valid_meshes
 from instruments.planning.table import HEADER, SERVE_HEADER, WIDTHS, cells, row
 from instruments.planning.units import gib
+from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
-from kernels import chips
 from mistake import Mistake
 from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated

@@ -21,9 +21,9 @@ from instruments.planning.one_mesh import MeshPlan, Setting, read_plan
 from instruments.planning.out_of_memory import out_of_memory, usable_hbm
 from instruments.planning.plan_file import PlanFile
 from instruments.planning.search import choose, largest_batch, valid_meshes
+from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
 from instruments.tpu.estimate import Estimate
-from kernels import chips
 from mistake import Mistake
 from model.config import MODELS, Compute
 from model.partition import make_mesh

@@ -7,11 +7,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
+from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
-from instruments.tpu import slices
+from instruments.tpu.chips import CHIPS
 from instruments.tpu.compile import compile_for
-from kernels import chips
-from kernels.chips import CHIPS
+from kernels import tiles
 
 
 def test_clocks_follow_from_the_peak_and_the_units():
@@ -40,12 +40,17 @@ def test_schedules_are_asked_for_before_libtpu_is_loaded(monkeypatch):
         tpu_compile.prepare(schedules=True)
 
 
+def test_the_kernels_know_every_chip_and_its_vmem():
+    """By every kind that JAX gives it; the core has these figures of its own, since it imports no instruments."""
+    assert tiles.CHIPS == {kind: (chip.name, chip.vmem_bytes) for chip in CHIPS.values() for kind in chip.kinds}
+
+
 @pytest.mark.libtpu
 @pytest.mark.parametrize('name', CHIPS)
 def test_every_listed_slice_is_known_to_libtpu(name):
     """As many devices as the name's sides multiply to, twice that on v7x, whose device is a core."""
     chip = CHIPS[name]
-    for topology in slices.topologies(chip):
+    for topology in chips.topologies(chip):
         found = tpu_compile.devices(topology)
         sides = [int(side) for side in topology.split(':')[1].split('x')]
         assert len(found) == np.prod(sides) * (2 if name == 'v7x' else 1), topology

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruments.planning.one_mesh import MeshPlan, device_bytes, from_compiled, needed_bytes, refused, with_verdict
-from kernels.chips import Chip
+from instruments.tpu.chips import Chip
 from model import llama
 from model.config import Compute, LlamaConfig
 from model.partition import check_rows

@@ -24,8 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from instruments.tpu import slices
-from kernels import chips
+from instruments.tpu import chips
 from mistake import Mistake
 
 # there is no TPU and no metadata server to ask; several compiling processes do not harm each other
@@ -98,7 +97,7 @@ def devices(name: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **single, **megacore).devices)
     except jax.errors.JaxRuntimeError as error:
         raise Mistake(f'{topology=} is no slice that libtpu knows ({error}); those of {chip.name}: '
-                      f'{", ".join(slices.topologies(chip))}') from error
+                      f'{", ".join(chips.topologies(chip))}') from error
 
 
 def mesh(name: str, sizes: tuple[int, ...] = (1,), axes: tuple[str, ...] = ('x',)) -> Mesh:

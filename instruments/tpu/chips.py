@@ -1,4 +1,4 @@
-"""The TPU chips that programs are compiled for, and what each can do.  (Slices: instruments/tpu/slices.py.)
+"""The TPU chips that programs are compiled for: what each can do, and the names of its slices.
 
 Figures are of one JAX device.  That is a chip (v4 and v5p run their two TensorCores as one device, "megacore"), but on
 v7x it is one of the chip's two TensorCores, with half its bandwidth.
@@ -56,6 +56,10 @@ CHIPS = {chip.name: chip for chip in (
          mxu_flops=4 * 256 * 256, vmem_bytes=64 * MIB, link_bandwidth=45e9, wrap=4),
 )}
 
+PLANES = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x4', '8x8x8', '8x8x12', '8x8x16', '8x16x16',
+         '12x12x12', '16x16x16')
+
 
 def find(name: str) -> Chip:
     """Find a chip by its name ('v5e'), that of a slice ('v5e:4x8', 'tpu7x:2x2x1') or of a device ('TPU v5 lite').
@@ -68,3 +72,14 @@ def find(name: str) -> Chip:
         if prefix in (chip.name, chip.topology.split(':')[0], *chip.kinds):
             return chip
     raise Mistake(f'{name=} names no chip: one of {", ".join(CHIPS)}')
+
+
+def topologies(chip: Chip) -> list[str]:
+    """List the slices of a chip that are sold, smallest first, by the names that libtpu gives them.
+
+    libtpu knows others too: any with sides that the 2x2 chips of a host divide.  '1x1' and '1x1x1' are a single chip.
+    """
+    platform, sides = chip.topology.split(':')
+    if sides.count('x') == 1:
+        return [f'{platform}:{slice_}' for slice_ in ('1x1', *PLANES)]
+    return [f'{platform}:{slice_}' for slice_ in ('1x1x1', *CUBES)]
