@@ -239,7 +239,7 @@ def _chunk_shape(array: jax.Array | Streamed) -> list[int]:
 
 
 def check_shared(directory: str) -> None:
-    """With several processes makes `directory`; raises Mistake on all of them unless all see the same one."""
+    """Make `directory`, with several processes; raise Mistake on all of them unless all see the same one."""
     if processes.count() == 1:
         return
     root = Path(directory)

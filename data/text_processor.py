@@ -1,4 +1,4 @@
-"""The text processor: a JSON object -> token ids with a loss mask.
+"""Turn a JSON object into token ids with a loss mask.
 
 `fields` says how a record becomes tokens, in the little language of EasyLM (its data.py, August 2023):
 

@@ -1,7 +1,8 @@
 """Every flag of every program, once: name, default, help.  `--help` and docs/FLAGS.md say it again.
 
-A program's table is a tuple of `Flag`s; a name's dots nest (`--optimizer.adamw_optimizer.lr=1e-3`).  To add a flag add
-one line here, then write docs/FLAGS.md anew.  Next: parse.py, which reads the command line.
+A program's table is a tuple of `Flag`s; a name's dots nest (`--optimizer.adamw_optimizer.lr=1e-3`).  To add a flag,
+write its line here, with its range if it is a number (`least=1`) and `path=` if it is a path, and write docs/FLAGS.md
+anew (`python -m program.parse > docs/FLAGS.md`).  Next: parse.py, which reads the command line.
 """
 from typing import Any, NamedTuple
 
