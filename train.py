@@ -99,7 +99,7 @@ def main(config) -> None:
 # ---------------------------------------------------------------- flags -> parts
 
 
-def model_flags(config, source: Source | None) -> tuple[LlamaConfig, dict[str, str]]:
+def model_flags(config, source: Source | None = None) -> tuple[LlamaConfig, dict[str, str]]:
     """What the flags say of the model: its sizes, and Compute's remat fields.
 
     Sizes are those of --load_llama_config, else those that the checkpoint states, else the llama flags; upon them

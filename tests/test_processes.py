@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -387,4 +388,4 @@ def test_easylm_s_format_is_refused_before_several_processes_train(golden, monke
     monkeypatch.setattr(train.processes, 'count', lambda: 2)
     config = flags.parse(article(golden, 'x', '--checkpointer.format=easylm'), flags.TRAIN, '')
     with pytest.raises(ValueError, match='format=easylm is written by one process, and this run has 2: leave it nat'):
-        train.saver(config, None, None, None, config.train_dataset, None, 1)
+        train.saver(config, SimpleNamespace(config=None), None, None, config.train_dataset, None, 1)
