@@ -65,7 +65,7 @@ def main(config) -> None:
     before = read_before(config.before, examples, template, methods(config)) if config.before else None
     shown = ([Example(row['text'], template.labels.index(row['label'])) for row in before['samples']] if before
              else examples[:config.samples])
-    asked = open_server(config) if config.url else open_engine(config, source, template, examples + shown)
+    asked = open_server(config) if config.url else open_engine(config, template, examples + shown, source)
     result = evaluate(asked, examples, shown, template, methods(config), config.max_new_tokens, config.sample_tokens)
     if processes.index() > 0:
         return  # every process asks the engine, process 0 says what came of it
@@ -138,7 +138,7 @@ def open_server(config) -> Asked:
     return Asked(server.loglikelihood, lambda prompts, tokens, progress: server.generate(prompts, progress), encode)
 
 
-def open_engine(config, source: Source, template: PromptTemplate, examples: list[Example]) -> Asked:
+def open_engine(config, template: PromptTemplate, examples: list[Example], source: Source | None = None) -> Asked:
     """An engine of the checkpoint with room for the longest of `examples`."""
     model = open_model(settings.read_load(config), settings.read_compute(config), source)
     encode, most = model.tokenizer.encode, model.config.max_sequence_length

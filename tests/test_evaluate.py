@@ -1,6 +1,7 @@
 """evaluate.py: from the command line to evaluation.json, with a fake model, a true engine, an earlier evaluation."""
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -123,15 +124,15 @@ def test_an_evaluation_is_not_overwritten(fake, reviews, tmp_path):
         run(reviews, tmp_path / 'out')
 
 
-def test_labels_other_than_the_checkpoints_are_refused(monkeypatch):
+def test_labels_other_than_the_checkpoints_are_refused():
     """The template comes from the checkpoint; --labels may repeat it, decides where there is none."""
     stored = PromptTemplate(prefix='Review: ', labels=('bad', 'good'))
-    monkeypatch.setattr(evaluate, 'read_template', lambda spec: stored)
-    assert evaluate.choose_template(parse('--load_checkpoint=x')) is stored
-    assert evaluate.choose_template(parse('--load_checkpoint=x', '--labels=bad, good')) is stored
+    source = SimpleNamespace(template=stored)
+    assert evaluate.choose_template(parse('--load_checkpoint=x'), source) is stored
+    assert evaluate.choose_template(parse('--load_checkpoint=x', '--labels=bad, good'), source) is stored
     with pytest.raises(ValueError, match="labels='good,bad', but load_checkpoint='x' was trained to answer bad,good"):
-        evaluate.choose_template(parse('--load_checkpoint=x', '--labels=good,bad'))
-    assert evaluate.choose_template(parse('--url=u', '--labels=no,yes')) == PromptTemplate(labels=('no', 'yes'))
+        evaluate.choose_template(parse('--load_checkpoint=x', '--labels=good,bad'), source)
+    assert evaluate.choose_template(parse('--url=u', '--labels=no,yes'), None) == PromptTemplate(labels=('no', 'yes'))
 
 
 def test_weights_that_give_no_number_name_the_method(fake, reviews, tmp_path):
