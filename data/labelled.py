@@ -143,6 +143,9 @@ def find_columns(file: Path, text_column: str = '', label_column: str = '') -> t
         if not chosen[kind] and chosen[other] and len(present) == 2:
             chosen[kind] = next(name for name in present if name != chosen[other])
     if missing := [kind for kind in chosen if not chosen[kind]]:
+        if set(present) == {'text', 'prompt', 'answer'}:
+            raise Mistake(f'{file}: these are records of prepare_data.py without their labels: labels_{file.stem}.json '
+                          'must stand beside them')
         listed = ', '.join(f'{name!r} (for example {str(value)!r:.40})' for name, value in present.items())
         raise Mistake(f'{file}: which column holds the {" and which the ".join(missing)}? It has {listed}; choose with '
                       + ' and '.join(f'--{kind}_field=NAME' for kind in missing))

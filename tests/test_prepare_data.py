@@ -483,6 +483,15 @@ def test_records_and_labels_that_do_not_belong_together_are_refused(tmp_path, ch
         read_prepared(tmp_path / 'out' / 'a.jsonl')
 
 
+def test_records_that_lost_their_labels_are_known(tmp_path):
+    """A copy of NAME.jsonl alone is no labelled set, and the message says what is missing."""
+    prepare(f'--input={write_jsonl(tmp_path / "a.jsonl", ROWS)}', f'--output={tmp_path / "out"}')
+    (tmp_path / 'out' / 'labels_a.json').unlink()
+    assert read_prepared(tmp_path / 'out' / 'a.jsonl') is None
+    with pytest.raises(ValueError, match=r'without their labels: labels_a\.json must stand beside'):
+        read_labelled(tmp_path / 'out' / 'a.jsonl')
+
+
 def test_the_worked_example_has_four_labels_in_unequal_shares(tmp_path):
     """docs/examples/tickets.csv: 480 tickets of 8 to 40 words, no text twice."""
     found = read_labelled(pathlib.Path(__file__).parent.parent / 'docs' / 'examples' / 'tickets.csv')
