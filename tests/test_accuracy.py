@@ -142,7 +142,7 @@ def test_the_report_counts_and_lists_the_misclassified():
 
 def test_scores_of_each_label_are_those_of_scikit_learn():
     """12 reviews: one label never occurs, one is never predicted, one prediction is no label.  The figures are those of
-    its classification_report (labels that occur, zero_division=0; there a share of nothing is 0, here None)."""
+    classification_report of version 1.9.1 for the labels that occur (a share of nothing is 0 there, None here)."""
     truth = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
     said = [0, 0, 1, 4, 1, 1, 0, 0, 1, 1, 0, 0]
     found = accuracy.label_scores(confusion_matrix(truth, said, 4), ('a', 'b', 'c', 'd'))
