@@ -260,7 +260,6 @@ def change_text(now: dict, before: dict) -> str:
             f'{became_right} became right, {became_wrong} became wrong')
 
 
-
 def versions() -> dict[str, str]:
     found = {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
     return {'python': platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}

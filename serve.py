@@ -1,7 +1,7 @@
 """Serves a model over HTTP, as EasyLM's server: /generate, /greedy-until, /chat, /loglikelihood,
 /loglikelihood-rolling, /ready (serving/api.py has the formats), and a page to try it by hand.
 
-  python serve.py --load_checkpoint=/tmp/pallama/checkpoints --input_length=1024 --seq_length=1152
+  python serve.py --load_checkpoint=runs/tuned --input_length=1024 --seq_length=1152
   python serve.py --load_llama_config=3b --load_checkpoint=params::PATH --tokenizer.vocab_file=tokenizer.model
 
 Ctrl-C or SIGTERM finishes the requests that are running or waiting and ends with exit code 0; exit code 1 says that the

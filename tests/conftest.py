@@ -23,7 +23,7 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden() -> pathlib.Path:
-    """tests/golden: numbers that other systems produced (tests/golden/README.md)."""
+    """tests/golden: numbers that other systems produced (tests/README.md says by which)."""
     return GOLDEN
 
 

@@ -55,8 +55,8 @@ def test_the_printed_training_command_means_the_article_s_run(golden):
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading of the README."""
-    table = re.search(rf'^#+ {re.escape(heading)}$.*?\n(\|.*?)\n\n', text, re.DOTALL | re.MULTILINE).group(1)
+    """The cells of the first table below a heading of a document."""
+    table = re.search(rf'^#+ {re.escape(heading)}$.*?\n((?:\|[^\n]*\n)+)', text, re.DOTALL | re.MULTILINE).group(1)
     return [[cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]] for line in table.splitlines()[2:]]
 
 
@@ -68,9 +68,9 @@ def assert_tests_exist(cell: str) -> None:
         assert re.search(rf'^def {name}\(', (ROOT / f'tests/{file}.py').read_text(), re.MULTILINE), (file, name)
 
 
-def test_the_readme_s_table_lists_the_article_s_flags_with_the_default_and_help_of_flags_py(golden):
+def test_the_table_lists_the_article_s_flags_with_the_default_and_help_of_flags_py(golden):
     """All flags of both commands stand in it, each with our default, our help, and tests that exist."""
-    rows = rows_of((ROOT / 'README.md').read_text(), "The article's flags and requests")
+    rows = rows_of((ROOT / 'docs/EASYLM.md').read_text(), "The article's flags and requests")
     flag_rows = {row[0].strip('`').removeprefix('--'): row[1:] for row in rows if row[0].startswith('`--')}
     given = {word.removeprefix('--').split('=', 1)[0] for name in PROGRAMS for word in printed(golden, name)[1:]}
     assert set(flag_rows) == given
@@ -80,8 +80,8 @@ def test_the_readme_s_table_lists_the_article_s_flags_with_the_default_and_help_
         assert_tests_exist(tests)
 
 
-def test_the_readme_s_table_lists_every_endpoint():
-    rows = rows_of((ROOT / 'README.md').read_text(), "The article's flags and requests")
+def test_the_table_lists_every_endpoint():
+    rows = rows_of((ROOT / 'docs/EASYLM.md').read_text(), "The article's flags and requests")
     endpoints = {row[0].strip('`'): row for row in rows if not row[0].startswith('`--')}
     served = set(re.findall(r"@app\.(get|post)\('(/[\w-]*)'", (ROOT / 'serving/api.py').read_text()))
     assert set(endpoints) == {f'{method.upper()} {path}' for method, path in served}
