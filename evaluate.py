@@ -23,17 +23,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from checkpoint.load import read_template
+from checkpoint import Source
 from data.labelled import Example, labelled_files, read_labelled, sample
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from evaluation import accuracy
 from evaluation.client import Server
 from hosts import processes
-from hosts.start import failing_together
+from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from program import flags, parse
-from program.model import describe, open_model
+from program import flags, parse, settings
+from program.model import describe, open_model, open_source
 from serving.engine import Engine
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
@@ -54,7 +54,10 @@ class Asked(NamedTuple):
 @failing_together()
 def main(config) -> None:
     output = output_directory(config)
-    template = choose_template(config)
+    start_processes(config)
+    load = settings.read_load(config)
+    source = open_source(load)
+    template = choose_template(config, source)
     files = labelled_files(config.input, config.split)
     examples = read_labelled(config.input, config.split, config.text_field, config.label_field, template.labels)
     if config.sample_size:
@@ -62,7 +65,7 @@ def main(config) -> None:
     before = read_before(config.before, examples, template, methods(config)) if config.before else None
     shown = ([Example(row['text'], template.labels.index(row['label'])) for row in before['samples']] if before
              else examples[:config.samples])
-    asked = open_server(config) if config.url else open_engine(config, template, examples + shown)
+    asked = open_server(config) if config.url else open_engine(config, source, template, examples + shown)
     result = evaluate(asked, examples, shown, template, methods(config), config.max_new_tokens, config.sample_tokens)
     if processes.index() > 0:
         return  # every process asks the engine, process 0 says what came of it
@@ -96,9 +99,9 @@ def output_directory(config) -> Path:
     return output
 
 
-def choose_template(config) -> PromptTemplate:
+def choose_template(config, source: Source | None) -> PromptTemplate:
     """The checkpoint's template; the flag `labels` may name what it says, and decides where there is none."""
-    stored = read_template(config.load_checkpoint) if config.load_checkpoint else None
+    stored = source and source.template
     if not config.labels:
         return stored or PromptTemplate()
     labels = tuple(name.strip() for name in config.labels.split(','))
@@ -135,9 +138,9 @@ def open_server(config) -> Asked:
     return Asked(server.loglikelihood, lambda prompts, tokens, progress: server.generate(prompts, progress), encode)
 
 
-def open_engine(config, template: PromptTemplate, examples: list[Example]) -> Asked:
+def open_engine(config, source: Source, template: PromptTemplate, examples: list[Example]) -> Asked:
     """An engine of the checkpoint with room for the longest of `examples`."""
-    model = open_model(config)
+    model = open_model(settings.read_load(config), settings.read_compute(config), source)
     encode, most = model.tokenizer.encode, model.config.max_sequence_length
     lengths = [len(encode(template.prompt(example.text))) + 1 for example in examples]  # and bos
     answer = max(len(encode(template.answer(label))) for label in range(len(template.labels)))
@@ -147,7 +150,7 @@ def open_engine(config, template: PromptTemplate, examples: list[Example]) -> As
         raise Mistake(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
                          f'{most}: leave it out, or lower --sample_tokens')
     print(f'{config.load_checkpoint}: {describe(model)}')
-    params = model.load_params(config.load_checkpoint, config.seed)
+    params = model.load_params(config.seed)
     engine = Engine(params, model.config, model.compute, model.tokenizer, model.mesh, batch_size=config.batch_size,
                     input_length=max(lengths), seq_length=max(lengths) + new, add_bos_token=model.add_bos_token,
                     seed=config.seed, score_buckets=4)

@@ -15,7 +15,6 @@ import shlex
 import jax
 from jax.sharding import Mesh
 
-from checkpoint import load
 from instruments.planning.decoding import plan_decoding
 from instruments.planning.host import host_devices, host_needs
 from instruments.planning.kernel_times import kernel_times
@@ -28,13 +27,14 @@ from instruments.planning.units import gib
 from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
 from mistake import Mistake
-from model import llama
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import check_rows, make_mesh, rows_unit
+from model.remat import remat_policy
+from model.weights import check_divisible, weight_specs
 from program import flags, parse
 from serving.engine import check_lengths
-from training import step
 from training.optimizer import AdamW, Hyperparameters, Palm
+from training.state import abstract_batch
 
 # flags that a row does not follow from, or is kept by
 FREE = ('config', 'show_traceback', 'output', 'mesh_dim', 'batch_size', 'largest_batch', 'train_dataset')
@@ -77,7 +77,7 @@ def plan_mesh(config, sizes: LlamaConfig, compute: Compute, mesh_dim: str, mesh:
             return plan_decoding(sizes, compute, mesh, mesh_dim, config.seq_length, batch_size, chip, usable)
         setting = Setting(sizes, compute, hyperparameters(config.optimizer),
                           config.optimizer.accumulate_gradient_steps, mesh, mesh_dim)
-        batch = step.abstract_batch(mesh, batch_size, config.seq_length, segments=config.segments)
+        batch = abstract_batch(mesh, batch_size, config.seq_length, segments=config.segments)
         return plan_train(setting, batch, chip, usable, lambda name: kernel_times(setting, batch, chip)[
             'backward' if 'flash_backward' in name else 'forward'])
 
@@ -97,7 +97,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     update = parse.literals('update_llama_config', config.update_llama_config)
     remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     for policy in filter(None, remat.values()):
-        llama.remat_policy(policy)  # raises for one that is not known
+        remat_policy(policy)  # raises for one that is not known
     sizes = updated(named_config(config.load_llama_config), update, source='update_llama_config')
     return sizes, Compute(config.dtype, config.attention or 'pallas', config.reduce_gradients, **remat)
 
@@ -112,7 +112,7 @@ def wanted_meshes(config, sizes: LlamaConfig, devices: list[jax.Device]) -> list
     """List --mesh_dim as it is written, or all that divide model and batch; print the others with the reason."""
     if config.mesh_dim:
         mesh = make_mesh(config.mesh_dim, devices)
-        llama.check_divisible(sizes, mesh)
+        check_divisible(sizes, mesh)
         if not config.largest_batch:
             check_rows(config.batch_size, mesh, 'batch_size')
         return [config.mesh_dim]
@@ -133,7 +133,7 @@ def hyperparameters(options) -> Hyperparameters:
 
 def parameters(sizes: LlamaConfig) -> int:
     """Count the weights."""
-    return sum(spec.size for spec in load.specs_of(sizes))
+    return sum(spec.size for spec in jax.tree.leaves(weight_specs(sizes)))
 
 
 def command(config, plan: MeshPlan) -> str:

@@ -1,4 +1,4 @@
-"""Arrays that are read slice by slice into the devices that hold them.  Users: load.py, native.py.
+"""Arrays that are read slice by slice into the devices that hold them.  Users: source.py, native.py.
 
 A process reads what its own devices hold and nothing else; no program runs over several processes.  A large weight of N
 layers is a stack on every device, made there, into which one layer after the other is written by a program that is

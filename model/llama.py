@@ -179,6 +179,3 @@ def rotate(x_BTHD: Array, rope: tuple[Array, Array]) -> Array:
     cos, sin = rope
     x1, x2 = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHD.dtype)
-
-
-from model.config import LlamaConfig as _; from model.partition import DTYPES; from model.remat import remat_policy, POLICIES as REMAT_POLICIES, SAVEABLE; from model.weights import WeightSpec, abstract_params, check_divisible, init_params, partitions, weight_specs  # noqa

@@ -272,8 +272,8 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('
     Flag('optimizer.adamw_optimizer.lr', 0.01, 'learning rate after the warmup', above=0),
     Flag('optimizer.adamw_optimizer.end_lr', 0.001, 'learning rate at lr_decay_steps and after', least=0),
     Flag('optimizer.adamw_optimizer.lr_warmup_steps', 2000, 'optimizer steps of linear warmup', least=0),
-    Flag('optimizer.adamw_optimizer.lr_warmup_ratio', 0.0, "linear warmup as a part of the run's optimizer steps, in the "
-         'place of lr_warmup_steps; 0: lr_warmup_steps counts', least=0, below=1),
+    Flag('optimizer.adamw_optimizer.lr_warmup_ratio', 0.0, "linear warmup as a part of the run's optimizer steps, "
+         'in the place of lr_warmup_steps; 0: lr_warmup_steps counts', least=0, below=1),
     Flag('optimizer.adamw_optimizer.lr_decay_steps', 500000, 'optimizer step at which the cosine ends, warmup '
          'included; 0 for the last step of the run', least=0),
     Flag('optimizer.adamw_optimizer.b1', 0.9, 'decay of the first moment', least=0, below=1),

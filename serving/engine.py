@@ -31,9 +31,10 @@ from data.tokenizer import Tokenizer
 from mistake import Mistake
 from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
-from model.llama import DTYPES, Llama, hidden_states, partitions
+from model.llama import hidden_states
 from model.loss import is_likeliest, logits, token_cross_entropy
-from model.partition import BATCH, all_gather, check_rows, pytree
+from model.partition import BATCH, DTYPES, all_gather, check_rows, pytree
+from model.weights import Llama, partitions
 from serving import beams
 from serving.sampling import choose, row_keys
 

@@ -10,6 +10,7 @@ from model import llama, loss
 from model.cache import init_cache
 from model.config import Compute, LlamaConfig
 from model.partition import BATCH, make_mesh
+from model.weights import partitions
 
 
 def compiler_knows(options: dict) -> dict:
@@ -37,7 +38,7 @@ def one_device():
 
 def on_mesh(function, config, mesh, *outputs):
     """jit(shard_map) of `function(params, *arrays)`: arrays are split by row, outputs as given (default: by row)."""
-    specs = llama.partitions(config)
+    specs = partitions(config)
 
     def call(params, *arrays):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=(specs, *[BATCH] * len(arrays)),

@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-import train
 from model.config import LlamaConfig
-from program import flags, parse
+from program import flags, parse, settings
+from program.model import find_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = {'train': ('python3 -m EasyLM.models.llama.llama_train', flags.TRAIN),
@@ -46,10 +46,10 @@ def test_a_printed_command_is_understood_word_for_word(golden, name, count):
 def test_the_printed_training_command_means_the_article_s_run(golden):
     """OpenLLaMA 3B on mesh 1,4,2, and the optimizer that multiplies by the parameters' scale at a constant rate."""
     config = parse.parse(printed(golden, 'train'), flags.TRAIN, '')
-    sizes, remat = train.model_flags(config)
+    sizes, compute = find_config(settings.read_load(config), None), settings.read_compute(config)
     assert sizes == LlamaConfig(32000, 3200, 8640, 26, 32, max_sequence_length=2048, rms_norm_eps=1e-6)
-    assert not any(remat.values())
-    hyper = train.read_hyperparameters(config.optimizer, config.total_steps)
+    assert not compute.remat_block and not compute.remat_attention and not compute.remat_mlp
+    hyper, accumulate = settings.read_optimizer(config, config.total_steps)
     assert hyper.multiply_by_parameter_scale and hyper.bf16_momentum and (hyper.b1, hyper.b2) == (0.9, 0.9)
     assert [float(hyper.schedule(n)) for n in (0, 184, 1845)] == [0.0, pytest.approx(2e-4), pytest.approx(2e-4)]
 

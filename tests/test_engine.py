@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from checkpoint.load import load_params
+import checkpoint
 from data.tokenizer import load_tokenizer
 from model import llama, loss
 from model.config import Compute, LlamaConfig, config_from_dict
@@ -49,7 +49,7 @@ def make(golden, tokenizer):
 
     def build(mesh_dim='1,1,1', tokenizer=tokenizer, **values):
         mesh = make_mesh(mesh_dim, jax.devices()[:np.prod([int(n) for n in mesh_dim.split(',')])])
-        params = load_params(f'params::{folder}/streaming_params_trained', config, mesh)
+        params = checkpoint.open(f'params::{folder}/streaming_params_trained').load_params(config, mesh)
         values = dict(batch_size=4, input_length=64, seq_length=128) | values
         return Engine(params, config, Compute(), tokenizer, mesh, **values)
 

@@ -19,7 +19,7 @@ ROOMS = {  # room -> the rooms it may import from; programs may import everythin
     'serving': {'model', 'data', 'kernels'},
     'training': {'model', 'data'},
     'instruments': {'kernels', 'model', 'data', 'training', 'serving', 'checkpoint'},  # nothing imports it but programs
-    'program': {'model', 'data', 'hosts', 'checkpoint'},
+    'program': {'model', 'data', 'hosts', 'checkpoint', 'training'},
     'configs': set(),
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob('*.py') if path.stem != '__init__')

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from helpers import QUICK, TINY
 
+import checkpoint
 import plan as program
-from checkpoint import load
 from instruments import sources
 from instruments.planning import compiled, decoding, host, one_mesh, plan_file, search, table
 from instruments.planning.compiled import CompiledStep
@@ -29,8 +29,8 @@ from model.config import MODELS, Compute
 from model.partition import make_mesh
 from program import flags
 from program.parse import parse as parse_flags
-from training import step
 from training.optimizer import AdamW
+from training.state import abstract_batch, abstract_state
 
 GIB = 2**30
 LEAST = Compute(remat_block='nothing_saveable')
@@ -78,7 +78,7 @@ def test_moments_and_mean_gradient_are_the_optimizer():
     """Per weight 4 bytes, and of the optimizer 2 (bf16 momentum) and 4 (second moment), 4 more to accumulate; two
     counters of 4 bytes each.
     """
-    batch = step.abstract_batch(setting().mesh, 8, 32)
+    batch = abstract_batch(setting().mesh, 8, 32)
     for accumulate, of_weight in ((1, 6), (2, 10)):
         parts = one_mesh.uncompiled(setting(accumulate=accumulate), batch, None).parts
         assert parts['optimizer'] == parts['parameters'] // 4 * of_weight + 8
@@ -92,7 +92,7 @@ def test_what_a_layer_keeps_follows_the_policy(policy, elements):
     """One more layer keeps so many more float32 numbers on a device of mesh 1,4,2, weights aside."""
     def kept(layers):
         own = setting(config=dataclasses.replace(TINY, num_hidden_layers=layers), compute=Compute(remat_block=policy))
-        return one_mesh.kept_bytes(own, step.abstract_batch(own.mesh, 8, 32))
+        return one_mesh.kept_bytes(own, abstract_batch(own.mesh, 8, 32))
 
     assert kept(3) - kept(2) == 4 * elements
 
@@ -103,7 +103,7 @@ def test_a_host_holds_what_loading_needs_or_two_copies_of_its_part_of_an_array()
     """
     assert host.host_needs(MODELS['3b'], setting().mesh) == 2 * 4 * 26 * 3200 * 8640
     one_layer, mesh = dataclasses.replace(MODELS['3b'], num_hidden_layers=1), setting('8,1,1').mesh
-    assert host.host_needs(one_layer, mesh) == load.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
+    assert host.host_needs(one_layer, mesh) == checkpoint.source.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
 
 
 @pytest.mark.parametrize('message, needed, available', [
@@ -137,7 +137,7 @@ def test_a_refused_program_is_a_row_and_other_faults_say_what_they_are():
 def test_a_state_too_large_is_not_compiled(monkeypatch):
     monkeypatch.setattr(Setting, 'lower', lambda *_: pytest.fail('compiled'))
     own = setting()
-    row = one_mesh.plan_train(own, step.abstract_batch(own.mesh, 8, 32), None, 1000, {})
+    row = one_mesh.plan_train(own, abstract_batch(own.mesh, 8, 32), None, 1000, {})
     assert not row.fits and row.reason == 'parameters and optimizer state alone do not fit'
 
 
@@ -193,8 +193,8 @@ def test_alternatives_change_little_first():
 
 
 def state_and_batch(own, rows=8, length=32):
-    return (step.abstract_state(own.config, own.hyper, own.accumulate, own.mesh),
-            step.abstract_batch(own.mesh, rows, length))
+    return (abstract_state(own.config, own.hyper, own.accumulate, own.mesh),
+            abstract_batch(own.mesh, rows, length))
 
 
 class Quick(Setting):
@@ -210,9 +210,9 @@ def test_a_step_is_described_before_it_runs_and_its_parts_are_the_compilers():
     the program, to the byte; the second step of a shape reuses the program.
     """
     own, lines = setting(accumulate=2), []
-    shapes = step.abstract_batch(own.mesh, 8, 16)
+    shapes = abstract_batch(own.mesh, 8, 16)
     state, batch = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
-                                (step.abstract_state(own.config, own.hyper, 2, own.mesh), shapes))
+                                (abstract_state(own.config, own.hyper, 2, own.mesh), shapes))
     jitted = CompiledStep(Quick(*own), lines.append)
     for _ in range(2):
         state, _ = jitted(state, batch)
@@ -240,7 +240,7 @@ def test_a_shape_is_compiled_once(monkeypatch):
     jitted = CompiledStep(setting(), lines.append)
     for length in (4, 4, 8, 4):
         state, _ = jitted(state, jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype),
-                                              step.abstract_batch(setting().mesh, 8, length)))
+                                              abstract_batch(setting().mesh, 8, length)))
     assert len(jitted.programs) == len(lines) == 2 and int(state) == 8 * (4 + 4 + 8 + 4)
     assert 'is not known: no such loop' in lines[0]
 
@@ -331,9 +331,9 @@ def test_other_faults_of_the_compiler_keep_their_name(monkeypatch):
 
 def test_resized_keeps_positions_and_segments():
     own = setting()
-    batch = compiled.resized(step.abstract_batch(own.mesh, 8, 32, 4, segments=True), 4, own)
+    batch = compiled.resized(abstract_batch(own.mesh, 8, 32, 4, segments=True), 4, own)
     assert [x.shape for x in jax.tree.leaves(batch)] == [(4, 32), (4, 32), (4, 4), (4, 4), (4, 4), (4,)]
-    assert compiled.resized(step.abstract_batch(own.mesh, 8, 32), 4, own).loss_positions_BP is None
+    assert compiled.resized(abstract_batch(own.mesh, 8, 32), 4, own).loss_positions_BP is None
 
 
 # ---------------------------------------------------------------- the program
@@ -507,7 +507,7 @@ def test_usable_memory_is_what_libtpu_says():
 def test_256_chips_have_meshes_and_hosts(name):
     """64 hosts of 4 chips; 65b divides over 256 chips, and a device holds a 256th of it."""
     own = setting('1,32,8', tpu_compile.devices(name), MODELS['65b'])
-    row = one_mesh.uncompiled(own, step.abstract_batch(own.mesh, 256, 2048), None)
+    row = one_mesh.uncompiled(own, abstract_batch(own.mesh, 256, 2048), None)
     assert len(own.mesh.devices.flat) == 256 and len(host.host_devices(own.mesh)) == 4
     assert row.parts['parameters'] == pytest.approx(4 * 65.3e9 / 256, rel=0.01)
 
@@ -533,6 +533,6 @@ def test_decoding_is_planned():
     mesh = make_mesh('1,1,4', tpu_compile.devices('v5e:2x2'))
     own = decoding.plan_decoding(TINY, Compute('bf16', 'reference'), mesh, '1,1,4', 128, 4, chips.find('v5e'),
                                  usable_hbm(mesh))
-    weights = one_mesh.device_bytes(step.abstract_state(TINY, AdamW(), 1, mesh).params)
+    weights = one_mesh.device_bytes(abstract_state(TINY, AdamW(), 1, mesh).params)
     assert own.parts == dict(parameters=weights // 2, cache=2 * 2 * 3 * 4 * 128 * 128)
     assert own.fits and own.tokens == 4 and own.estimate.flops > 0

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+import checkpoint
 import serve
-from checkpoint.load import load_params
 from data.tokenizer import load_tokenizer
 from hosts import processes
 from model.config import Compute, config_from_dict
@@ -160,7 +160,7 @@ def test_two_processes_answer_as_one(golden, start, quick_compilation):
                  f'--tokenizer.vocab_file={folder}/tokenizer.model', '--input_length=16', '--seq_length=20')
     tokenizer = load_tokenizer(folder / 'tokenizer.model')
     config = config_from_dict(json.loads((folder / 'model.json').read_text()), 'model.json')
-    params = load_params(f'params::{folder}/streaming_params_trained', config, helpers.one_device())
+    params = checkpoint.open(f'params::{folder}/streaming_params_trained').load_params(config, helpers.one_device())
     engine = Engine(params, config, Compute(), tokenizer, helpers.one_device(), batch_size=4, input_length=16,
                     seq_length=20)
     prompts = ['the film', 'a', 'it wastes a fine idea .', 'one two', 'hello']

@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 
+import checkpoint
 import convert
-from checkpoint import load
 from data.tokenizer import load_tokenizer
 from program import flags, parse
 
@@ -38,7 +38,7 @@ def test_transformers_gives_the_golden_logits(golden, tmp_path, case, shard_size
     directory = run(str(tmp_path / 'native'), 'hf', tmp_path / 'hf', f'--max_shard_size={shard_size}')
     model, logits = forward(directory, expected['tokens'])
     assert np.abs(logits - expected['logits']).max() <= 1e-6 * np.abs(expected['logits']).max()
-    assert model.generation_config.eos_token_id == load.read_config(f'hf::{directory}').eos_token_id
+    assert model.generation_config.eos_token_id == checkpoint.open(f'hf::{directory}').config.eos_token_id
     assert json.loads((directory / 'config.json').read_text())['head_dim'] == model.config.head_dim
 
 

@@ -82,6 +82,3 @@ def make_eval_step(config: LlamaConfig, compute: Compute, mesh: Mesh):
 
     in_specs = (partitions(config), BATCH)
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
-
-
-from training.state import abstract_batch, abstract_state, init_state  # noqa

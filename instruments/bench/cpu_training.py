@@ -36,12 +36,13 @@ from absl import flags
 from data.batches import Batch
 from instruments.bench import command_line
 from mistake import Mistake
-from model import llama
 from model.config import MODELS, Compute, LlamaConfig, config_from_dict, config_to_dict
 from model.partition import make_mesh
+from model.weights import init_params
 from training import step
 from training.loop import put
 from training.optimizer import AdamW
+from training.state import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TORCH_LOOP = ROOT / 'instruments/bench/torch_loop.py'
@@ -93,9 +94,9 @@ def child() -> None:
     work = json.loads(line)
     config = config_from_dict(work['config'], source='--child')
     mesh = make_mesh('1,1,1', jax.devices()[:1])
-    params = llama.init_params(config, mesh, seed=0)
+    params = init_params(config, mesh, seed=0)
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    state = step.init_state(params, config, HYPER, 1, mesh)
+    state = init_state(params, config, HYPER, 1, mesh)
     train_step = step.make_train_step(config, Compute('fp32', 'reference'), HYPER, 1, mesh)
     batches = [make_batch(records, work['length'], work['loss']) for records in work['records']]
     answer(versions=dict(jax=jax.__version__), parameters=parameters,

@@ -14,7 +14,7 @@ from instruments.planning.out_of_memory import out_of_memory, usable_hbm
 from instruments.planning.units import gib
 from instruments.tpu import chips
 from mistake import Mistake
-from training import step
+from training.state import abstract_batch
 
 
 class CompiledStep:
@@ -32,6 +32,7 @@ class CompiledStep:
                  batch_size_flag: str = 'train_dataset.json_dataset.batch_size'):
         self._setting, self._describe, self._wait_for_all = setting, describe, wait_for_all
         self._batch_size_flag, self.programs = batch_size_flag, {}
+        self.compile_seconds = 0.0
 
     def __call__(self, state, batch: Batch):
         shape = tuple(x.shape for x in jax.tree.leaves(batch))
@@ -51,6 +52,7 @@ class CompiledStep:
         began = time.perf_counter()
         compiled = self._setting.lower(batch, state).compile()
         seconds = time.perf_counter() - began
+        self.compile_seconds += seconds
         rows, length = batch.tokens_BT.shape
         lines = [f'compiled the step for {rows} x {length} tokens in {seconds:.1f} s']
         self._describe('\n'.join(lines + self._summary(compiled, abstract(batch))))
@@ -98,7 +100,7 @@ def remedy(setting: Setting, error: Exception, batch: Batch, batch_size_flag: st
 def resized(batch: Batch, rows: int, setting: Setting) -> Batch:
     """Make the shapes of `batch` with another number of rows, on the mesh of `setting`."""
     positions = None if batch.loss_positions_BP is None else batch.loss_positions_BP.shape[1]
-    return step.abstract_batch(setting.mesh, rows, batch.tokens_BT.shape[1], positions,
+    return abstract_batch(setting.mesh, rows, batch.tokens_BT.shape[1], positions,
                                segments=batch.segments_BT is not None)
 
 

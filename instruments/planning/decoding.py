@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from instruments.planning.one_mesh import MeshPlan, device_bytes, from_compiled, needed_bytes, refused, with_verdict
 from instruments.tpu.chips import Chip
-from model import llama
 from model.config import Compute, LlamaConfig
-from model.partition import check_rows
+from model.partition import DTYPES, check_rows
+from model.weights import abstract_params
 from serving.engine import BatchRows, Engine
 
 
@@ -32,8 +32,8 @@ def plan_decoding(sizes: LlamaConfig, compute: Compute, mesh: Mesh, mesh_dim: st
     the time that of a token of decode.
     """
     check_rows(batch_size, mesh, 'batch_size')
-    dtype, spec = llama.DTYPES[compute.dtype], jax.ShapeDtypeStruct
-    weights = jax.tree.map(lambda x: spec(x.shape, dtype, sharding=x.sharding), llama.abstract_params(sizes, mesh))
+    dtype, spec = DTYPES[compute.dtype], jax.ShapeDtypeStruct
+    weights = jax.tree.map(lambda x: spec(x.shape, dtype, sharding=x.sharding), abstract_params(sizes, mesh))
     engine = Engine(None, sizes, compute, Vocabulary(sizes.vocab_size, sizes.bos_token_id, sizes.eos_token_id), mesh,
                     batch_size=batch_size, input_length=seq_length // 2, seq_length=seq_length)
     parts = dict(parameters=device_bytes(weights))

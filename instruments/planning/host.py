@@ -4,9 +4,9 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from checkpoint import load
+from checkpoint import source
 from model.config import LlamaConfig
-from model.weights import WeightSpec
+from model.weights import WeightSpec, weight_specs
 
 
 def host_devices(mesh: Mesh) -> list[jax.Device]:
@@ -23,4 +23,4 @@ def host_needs(sizes: LlamaConfig, mesh: Mesh) -> int:
         pieces = min(len(host_devices(mesh)), math.prod(mesh.shape[axis] for axis in spec.axes))
         return spec.size // math.prod(mesh.shape[axis] for axis in spec.axes) * pieces
 
-    return max(load.host_bytes(sizes, mesh), 2 * 4 * max(part(spec) for spec in load.specs_of(sizes)))
+    return max(source.host_bytes(sizes, mesh), 2 * 4 * max(part(spec) for spec in jax.tree.leaves(weight_specs(sizes))))

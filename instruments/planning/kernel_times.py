@@ -3,8 +3,7 @@ from data.batches import Batch
 from instruments.kernel_time.static_times import flash_times
 from instruments.planning.one_mesh import Setting
 from instruments.tpu.chips import Chip
-from model import llama
-from model.partition import rows_unit
+from model.partition import DTYPES, rows_unit
 
 
 def kernel_times(setting: Setting, batch: Batch, chip: Chip) -> dict[str, float]:
@@ -16,4 +15,4 @@ def kernel_times(setting: Setting, batch: Batch, chip: Chip) -> dict[str, float]
     sizes, mp = setting.config, setting.mesh.shape['mp']
     return flash_times(chip.name, B=rows // rows_unit(setting.mesh), T=length, H=sizes.num_attention_heads // mp,
                        K=max(1, sizes.num_key_value_heads // mp), D=sizes.head_dim,
-                       dtype=llama.DTYPES[setting.compute.dtype].__name__, segments=int(batch.segments_BT is not None))
+                       dtype=DTYPES[setting.compute.dtype].__name__, segments=int(batch.segments_BT is not None))

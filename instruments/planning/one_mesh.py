@@ -33,11 +33,12 @@ from instruments.planning.units import gib
 from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import bytes_by_axis, collectives
 from instruments.tpu.estimate import Estimate, estimate
-from model import llama
 from model.config import Compute, LlamaConfig
 from model.partition import AXES, BATCH
+from model.weights import abstract_params, partitions
 from training import step
 from training.optimizer import Hyperparameters
+from training.state import TrainState, abstract_state
 
 
 class Setting(NamedTuple):
@@ -58,9 +59,9 @@ class Setting(NamedTuple):
         """Write the --mesh_dim that makes this mesh."""
         return self.mesh_dim or mesh_dim_of(self.mesh)
 
-    def lower(self, batch: Batch, state: step.TrainState | None = None) -> jax.stages.Lowered:
+    def lower(self, batch: Batch, state: TrainState | None = None) -> jax.stages.Lowered:
         """Lower the step for arrays or ShapeDtypeStructs; works for a real or a described TPU."""
-        state = state or step.abstract_state(self.config, self.hyper, self.accumulate, self.mesh)
+        state = state or abstract_state(self.config, self.hyper, self.accumulate, self.mesh)
         jitted = step.make_train_step(self.config, self.compute, self.hyper, self.accumulate, self.mesh)
         with jax.set_mesh(self.mesh):  # tells Pallas which chip it lowers for
             return jitted.lower(state, batch)
@@ -121,7 +122,7 @@ def plan_train(setting: Setting, batch: Batch, chip: Chip | None, usable: int | 
     """Compile the step and say what it needs; a program that does not fit gives a plan too.
 
     Args:
-      batch: of ShapeDtypeStructs (step.abstract_batch).
+      batch: of ShapeDtypeStructs (abstract_batch).
       chip: None where it is not known: then times are not estimated.
       usable: bytes of a device that programs may use (`usable_hbm`); None: no limit is known.
       kernel_seconds: of the Pallas kernels by HLO name, as tpu.estimate.estimate takes them.
@@ -139,7 +140,7 @@ def plan_train(setting: Setting, batch: Batch, chip: Chip | None, usable: int | 
 
 def uncompiled(setting: Setting, batch: Batch, usable: int | None) -> MeshPlan:
     """Say what is known without compiling; the plan does not fit when the state alone is too large."""
-    state = step.abstract_state(setting.config, setting.hyper, setting.accumulate, setting.mesh)
+    state = abstract_state(setting.config, setting.hyper, setting.accumulate, setting.mesh)
     parameters = device_bytes(state.params)
     parts = dict(parameters=parameters, optimizer=device_bytes(state) - parameters,
                  activations=kept_bytes(setting, batch))
@@ -206,7 +207,7 @@ def kept_bytes(setting: Setting, batch: Batch) -> int:
         return ()
 
     with jax.set_mesh(setting.mesh):
-        specs = llama.partitions(setting.config), BATCH
+        specs = partitions(setting.config), BATCH
         jax.eval_shape(jax.shard_map(forward, mesh=setting.mesh, in_specs=specs, out_specs=()),
-                       llama.abstract_params(setting.config, setting.mesh), batch)
+                       abstract_params(setting.config, setting.mesh), batch)
     return kept

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from jax.sharding import AbstractMesh
 
 from instruments.planning.one_mesh import MeshPlan, Setting, mesh_dim_of
-from model import llama
 from model.config import LlamaConfig
 from model.partition import AXES, check_rows, factorizations, make_mesh, rows_unit
+from model.weights import check_divisible
 
 LEAST_MEMORY = 'nothing_saveable'
 TIE = 0.03  # estimates closer than this say nothing: the mesh that needs less memory is taken
@@ -23,7 +23,7 @@ def valid_meshes(config: LlamaConfig, devices: int, batch_size: int) -> tuple[li
     for mesh_dim in factorizations(devices):
         mesh = AbstractMesh(tuple(int(size) for size in mesh_dim.split(',')), AXES)
         try:
-            llama.check_divisible(config, mesh)
+            check_divisible(config, mesh)
             check_rows(batch_size, mesh, 'batch_size')
         except ValueError as error:
             invalid[mesh_dim] = str(error)

@@ -19,14 +19,17 @@ from jax.sharding import PartitionSpec as P
 from test_checkpoint_easylm import flax_array, stream
 from test_checkpoint_gguf import write as write_gguf
 
-from checkpoint import load, native, shards
+import checkpoint
+from checkpoint import native, shards
 from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_writer, reading
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
+from mistake import Mistake
 from model.config import MODELS, Compute, LlamaConfig
-from model.llama import abstract_params, hidden_states, partitions
+from model.llama import hidden_states
 from model.loss import logits
 from model.partition import make_mesh
+from model.weights import abstract_params, by_name, partitions, weight_specs
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,8 +46,9 @@ def model_logits(params, config, mesh, tokens):
 def test_hugging_face_models_give_the_logits_of_transformers(golden, case):
     """Within 2e-5 of the largest logit of transformers 5.23, both in float32."""
     spec, mesh = f'hf::{golden}/huggingface/{case}', make_mesh('1,1,1', jax.devices()[:1])
-    config, expected = load.read_config(spec), np.load(golden / f'huggingface/{case}/golden.npz')
-    got = model_logits(load.load_params(spec, config, mesh), config, mesh, expected['tokens'].astype(np.int32))
+    source = checkpoint.open(spec)
+    config, expected = source.config, np.load(golden / f'huggingface/{case}/golden.npz')
+    got = model_logits(source.load_params(config, mesh), config, mesh, expected['tokens'].astype(np.int32))
     assert np.abs(got - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
 
 
@@ -55,9 +59,10 @@ def easylm_config(golden, **changes):
 def test_easylm_models_give_the_logits_of_easylm(golden):
     """Within 2e-5 of the largest logit of EasyLM (August 2023), both in float32, on a mesh of two heads a device."""
     spec, mesh, config = f'params::{golden}/easylm/streaming_params_fp32', make_mesh('1,1,2', jax.devices()[:2]), None
-    assert load.read_config(spec) is None and load.read_tokenizer(spec) is None and load.read_template(spec) is None
+    source = checkpoint.open(spec)
+    assert source.config is None and source.tokenizer is None and source.template is None
     config, expected = easylm_config(golden), np.load(golden / 'easylm/model.npz')
-    got = model_logits(load.load_params(spec, config, mesh), config, mesh, expected['tokens'][:, :-1].astype(np.int32))
+    got = model_logits(source.load_params(config, mesh), config, mesh, expected['tokens'][:, :-1].astype(np.int32))
     assert np.abs(got - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
 
 
@@ -70,7 +75,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
     """
     spec, mesh = f'params::{golden}/easylm/streaming_params_fp32', make_mesh(mesh)
     config, reads, read = easylm_config(golden), [], easylm.Reader.tensor
-    whole = load.open_reader(spec, config)
+    whole = checkpoint.open(spec).reader(config)
 
     def counted(*args):
         part = read(*args)
@@ -79,7 +84,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
 
     monkeypatch.setattr(shards, 'STACK_BYTES', stack_bytes)
     monkeypatch.setattr(easylm.Reader, 'tensor', counted)
-    params = load.load_params(spec, config, mesh)
+    params = checkpoint.open(spec).load_params(config, mesh)
     monkeypatch.undo()
     for leaf, target in zip(jax.tree.leaves(params), jax.tree.leaves(abstract_params(config, mesh)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (target.shape, target.dtype, target.sharding)
@@ -89,7 +94,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
 
 
 def assert_equal_whole_tensors(params, reader, config):
-    for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+    for weight, leaf in zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(params), strict=True):
         leaf = np.asarray(leaf)
         for layer in range(weight.shape[0]) if weight.stacked else [None]:
             np.testing.assert_array_equal(leaf if layer is None else leaf[layer], reader.tensor(weight.name, layer))
@@ -101,7 +106,7 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
     """Bit for bit; mp=8 cuts 4 key/value heads in two, fsdp=4 cuts rows of 64 in quantised blocks of 32."""
     config = LlamaConfig(64, 64, 128, 2, 8, 8 if kind in ('params', 'bf16', 'flax_params') else 4)
     rng = np.random.default_rng(0)
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: rng.standard_normal(shapes[name], np.float32)
     if kind in ('hf', 'gguf', 'gguf_quantised'):
         huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
@@ -118,8 +123,8 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
             functools.reduce(lambda node, part: node.setdefault(part, {}), key[:-1], tree)[key[-1]] = flax_array(value)
         (tmp_path / 'f').write_bytes(msgpack.packb(tree))
         spec = f'flax_params::{tmp_path}/f'
-    params = load.load_params(spec, config, make_mesh(mesh))
-    assert_equal_whole_tensors(params, load.open_reader(spec, config), config)
+    params = checkpoint.open(spec).load_params(config, make_mesh(mesh))
+    assert_equal_whole_tensors(params, checkpoint.open(spec).reader(config), config)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
@@ -138,16 +143,17 @@ def test_a_part_of_a_file_is_that_part(tmp_path, monkeypatch, dtype):
 def test_host_bytes_are_four_slices():
     """65b on eight devices: 4 x an eighth of the embedding; on one, 4 x the embedding and not a stack of 57 GB."""
     config = MODELS['65b']
-    assert load.host_bytes(config, make_mesh('1,8,1')) == 4 * (32000 * 8192 * 4 // 8)
-    assert load.host_bytes(config, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (32000 * 8192 * 4)
+    assert checkpoint.source.host_bytes(config, make_mesh('1,8,1')) == 4 * (32000 * 8192 * 4 // 8)
+    assert checkpoint.source.host_bytes(config, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (32000 * 8192 * 4)
     small = LlamaConfig(64, 64, 128, 2, 8)  # its stacks are put together on the host
-    assert load.host_bytes(small, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (2 * 64 * 128 * 4)
+    assert checkpoint.source.host_bytes(small, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (2 * 64 * 128 * 4)
 
 
 MEASURED = '''
 import pathlib, sys
 import jax, numpy as np
-from checkpoint import load, shards
+import checkpoint
+from checkpoint import shards
 from checkpoint.formats import easylm
 from checkpoint.formats import huggingface
 from model.config import LlamaConfig
@@ -161,9 +167,9 @@ status = lambda: {line.split(':')[0]: int(line.split()[1]) * 1024
                   for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = status()['VmRSS']
-params = jax.block_until_ready(load.load_params(sys.argv[1], config, mesh))
+params = jax.block_until_ready(checkpoint.open(sys.argv[1]).load_params(config, mesh))
 peak = status()['VmHWM'] - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print('BESIDE', peak, load.host_bytes(config, mesh))
+print('BESIDE', peak, checkpoint.source.host_bytes(config, mesh))
 '''
 
 
@@ -175,7 +181,7 @@ def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
     """
     config = LlamaConfig(4096, 1024, 2816, 7, 8, max_sequence_length=128)
     tile = np.random.default_rng(0).random(2**22, np.float32)
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: tile[:np.prod(shapes[name])].reshape(shapes[name])
     if kind == 'hf':
         huggingface_writer.write(tmp_path / 'model', tensor, config, None, None, 'bf16', 10**12)
@@ -192,19 +198,24 @@ PROCESS = '''
 import json, pathlib, sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from checkpoint import load, shards
+import checkpoint
+from checkpoint import shards
 from checkpoint.formats import easylm
 from model.config import LlamaConfig
 from model.partition import make_mesh
+from model.weights import weight_specs
+from model.weights import partitions
+from model.weights import by_name
+from model.weights import abstract_params
 golden = pathlib.Path(sys.argv[3])
 config = LlamaConfig(**json.loads((golden / 'model.json').read_text()))
 reads, read = [], easylm.Reader.tensor
 easylm.Reader.tensor = lambda *args: reads.append(part := read(*args)) or part
 shards.STACK_BYTES = 0
 spec, count = f'params::{golden}/streaming_params_fp32', 0
-params = load.load_params(spec, config, make_mesh('!1,4,2'))
-read_here, whole = sum(part.size for part in reads), load.open_reader(spec, config)
-for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+params = checkpoint.open(spec).load_params(config, make_mesh('!1,4,2'))
+read_here, whole = sum(part.size for part in reads), checkpoint.open(spec).reader(config)
+for weight, leaf in zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(params), strict=True):
     stored = lambda layer: read(whole, weight.name, layer)
     array = np.stack([stored(layer) for layer in range(weight.shape[0])]) if weight.stacked else stored(None)
     assert not leaf.is_fully_addressable
@@ -241,16 +252,17 @@ def test_a_checkpoint_of_another_shape_is_refused_before_a_tensor_is_read(golden
     monkeypatch.setattr(easylm.Reader, 'tensor', None)
     spec = f'params::{golden}/easylm/streaming_params_fp32'
     with pytest.raises(ValueError, match=f'checkpoint of another shape.*{message}'):
-        load.load_params(spec, easylm_config(golden, **changes), make_mesh('8,1,1'))
+        checkpoint.open(spec).load_params(easylm_config(golden, **changes), make_mesh('8,1,1'))
 
 
 def test_heads_that_share_a_shape_are_told_apart(golden, monkeypatch):
     """4 heads of 16 and 2 heads of 32 have equal matrices; the configurations differ, so it is refused."""
     monkeypatch.setattr(huggingface.Reader, 'tensor', None)
     spec = f'hf::{golden}/huggingface/mha_untied'
-    config = dataclasses.replace(load.read_config(spec), num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    source = checkpoint.open(spec)
+    config = dataclasses.replace(source.config, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
     with pytest.raises(ValueError, match='head_dim got 16 want 32'):
-        load.load_params(spec, config, make_mesh('8,1,1'))
+        source.load_params(config, make_mesh('8,1,1'))
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -260,41 +272,41 @@ def test_heads_that_share_a_shape_are_told_apart(golden, monkeypatch):
     ('', "load_checkpoint=''"), ('params::', "load_checkpoint='params::'")])
 def test_specs_that_name_nothing_are_refused_with_the_remedy(spec, message):
     """One line with the flag, the value, and what to write instead."""
-    for read in (load.read_config, load.read_tokenizer, load.read_template):
-        with pytest.raises(ValueError) as error:
-            read(spec)
-        assert message in str(error.value) and 'load_checkpoint=' in str(error.value)
+    with pytest.raises(Mistake) as error:
+        checkpoint.open(spec)
+    assert message in str(error.value) and 'load_checkpoint=' in str(error.value)
 
 
 def test_a_bare_foreign_path_is_answered_with_its_type(golden):
     """Forgetting hf:: or params:: is the commonest slip: the message spells the whole value."""
     for path, kind in ((golden / 'huggingface/mha_untied', 'hf'), (golden / 'easylm/streaming_params_fp32', 'params')):
         with pytest.raises(ValueError, match=f'{kind}::{path}'):
-            load.read_config(str(path))
+            checkpoint.open(str(path))
 
 
 def test_native_checkpoint_gives_back_all_it_was_given(golden, tmp_path):
     """Configuration, weights, tokenizer and template of a saved model, from the directory or from the step in it."""
     config, tokenizer = easylm_config(golden), load_tokenizer(golden / 'easylm/tokenizer.model')
-    params = load.load_params(f'params::{golden}/easylm/streaming_params_fp32', config, make_mesh('1,4,2'))
+    params = checkpoint.open(f'params::{golden}/easylm/streaming_params_fp32').load_params(config, make_mesh('1,4,2'))
     template = PromptTemplate(labels=('bad', 'good'))
-    meta, files = load.describe(config, tokenizer, template)
-    step = native.save(tmp_path, 3, load.by_name(params, config, 'params'), meta, files, keep=1)
+    meta, files = checkpoint.source.describe(config, tokenizer, template)
+    step = native.save(tmp_path, 3, by_name(params, config, 'params'), meta, files, keep=1)
     for spec in (str(tmp_path), str(step)):
-        loaded = load.load_params(spec, load.read_config(spec), make_mesh('2,2,2'))
+        source = checkpoint.open(spec)
+        loaded = source.load_params(source.config, make_mesh('2,2,2'))
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
-        assert load.read_config(spec) == config and load.read_template(spec) == template
-        assert load.read_tokenizer(spec).fingerprint == tokenizer.fingerprint
+        assert source.config == config and source.template == template and source.step == 3
+        assert source.tokenizer.fingerprint == tokenizer.fingerprint
     with pytest.raises(ValueError, match='head_dim got 16 want 32'):
-        load.load_params(str(tmp_path), dataclasses.replace(config, num_attention_heads=2, num_key_value_heads=2,
-                                                            head_dim=32), make_mesh('2,2,2'))
+        source.load_params(dataclasses.replace(config, num_attention_heads=2, num_key_value_heads=2, head_dim=32),
+                           make_mesh('2,2,2'))
 
 
 def test_native_checkpoint_keeps_a_json_tokenizer_with_its_ids(tmp_path):
     """tokenizer.json states no bos, eos and pad: the checkpoint does, so the fingerprint survives."""
     bpe = dict(type='BPE', vocab={'a': 0, 'b': 1, 'c': 2}, merges=[])
     tokenizer = tokenizer_from_json(json.dumps(dict(version='1.0', added_tokens=[], model=bpe)), 2, 1, 0)
-    meta, files = load.describe(LlamaConfig(), tokenizer, None)
+    meta, files = checkpoint.source.describe(LlamaConfig(), tokenizer, None)
     native.save(tmp_path, 1, {}, meta, files, keep=1)
-    assert load.read_tokenizer(str(tmp_path)).fingerprint == tokenizer.fingerprint
-    assert load.read_template(str(tmp_path)) is None
+    source = checkpoint.open(str(tmp_path))
+    assert source.tokenizer.fingerprint == tokenizer.fingerprint and source.template is None
