@@ -8,6 +8,7 @@ compiler's; with --output=FILE.json finished rows are kept.  A recipe of train.p
 Memory is exact as far as the compiler decides it.  FLOPs, traffic and times are read from the compiled program and are
 estimates, for choosing between meshes (instruments/tpu/estimate.py); none has been measured on a TPU.
 """
+import dataclasses
 import functools
 import pathlib
 import shlex
@@ -29,9 +30,8 @@ from instruments.tpu import compile as tpu_compile
 from mistake import Mistake
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import check_rows, make_mesh, rows_unit
-from model.remat import remat_policy
 from model.weights import check_divisible, weight_specs
-from program import flags, parse
+from program import flags, parse, settings
 from serving.engine import check_lengths
 from training.optimizer import AdamW, Hyperparameters, Palm
 from training.state import abstract_batch
@@ -45,7 +45,6 @@ def main(config) -> None:
     if not config.topology:
         raise Mistake('topology is empty: name the slice to plan for, for example --topology=v5e:2x4')
     sizes, compute = model_flags(config)
-    check_flags(config, sizes)
     devices, chip = tpu_compile.devices(config.topology), chips.find(config.topology)
     usable = usable_hbm(make_mesh('1,-1,1', devices))
     print(f'{config.topology}: {len(devices)} chips on {len({device.process_index for device in devices})} hosts; '
@@ -94,18 +93,12 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     """Read the sizes and how they are computed; --update_llama_config may state both, as in train.py."""
     if not config.load_llama_config:
         raise Mistake('load_llama_config is empty: name the model to plan for, for example --load_llama_config=3b')
-    update = parse.literals('update_llama_config', config.update_llama_config)
-    remat = {name: update.pop(name, config.llama[name]) for name in ('remat_block', 'remat_attention', 'remat_mlp')}
-    for policy in filter(None, remat.values()):
-        remat_policy(policy)  # raises for one that is not known
+    compute, update = settings.read_compute(config), parse.literals('update_llama_config', config.update_llama_config)
+    update = {name: value for name, value in update.items() if name not in settings.REMAT}
     sizes = updated(named_config(config.load_llama_config), update, source='update_llama_config')
-    return sizes, Compute(config.dtype, config.attention or 'pallas', config.reduce_gradients, **remat)
-
-
-def check_flags(config, sizes: LlamaConfig) -> None:
-    """Raise Mistake for lengths that no server can have."""
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)
+    return sizes, dataclasses.replace(compute, attention=compute.attention or 'pallas')
 
 
 def wanted_meshes(config, sizes: LlamaConfig, devices: list[jax.Device]) -> list[str]:

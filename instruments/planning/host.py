@@ -15,7 +15,7 @@ def host_devices(mesh: Mesh) -> list[jax.Device]:
 
 
 def host_needs(sizes: LlamaConfig, mesh: Mesh) -> int:
-    """Count the bytes that loading (checkpoint/load.py) or saving takes of a host at most, one process on each.
+    """Count the bytes that loading (checkpoint/source.py) or saving takes of a host at most, one process on each.
 
     Saving (checkpoint/native.py) holds the host's part of one array, all layers of it, and what is on its way to disk.
     """
