@@ -13,7 +13,7 @@ from data.prompt import PromptTemplate
 from evaluate import Asked, change_text, main
 from model.partition import make_mesh
 from program import flags
-from program import model as wiring
+from program import model as program_model
 from program.parse import parse as parse_flags
 
 REVIEWS = [('a warm and honest film', 1), ('a waste of a fine idea', 0), ('falls apart halfway', 0), ('sparkles', 1)]
@@ -221,8 +221,8 @@ def test_a_true_engine_agrees_with_easylms_server(golden, tmp_path, monkeypatch)
     texts = [prompt.removeprefix('[Text]: ').removesuffix('\n[Sentiment]:') for prompt in prompts]
     path = tmp_path / 'reviews.jsonl'
     path.write_text(''.join(json.dumps({'text': text, 'label': 1}) + '\n' for text in texts))
-    monkeypatch.setattr(wiring, 'keep_compilations', lambda: None)
-    monkeypatch.setattr(wiring, 'make_mesh', lambda mesh_dim: make_mesh('1,1,1', jax.devices()[:1]))
+    monkeypatch.setattr(program_model, 'keep_compilations', lambda: None)
+    monkeypatch.setattr(program_model, 'make_mesh', lambda mesh_dim: make_mesh('1,1,1', jax.devices()[:1]))
     config = engine_flags(golden, path, tmp_path / 'out')
     model = evaluate.open_engine(config, PromptTemplate(), [Example(text, 1) for text in texts])
     found = model.loglikelihood(prompts, [' Positive'] * len(prompts), lambda done: None)
@@ -238,7 +238,7 @@ def test_a_true_engine_agrees_with_easylms_server(golden, tmp_path, monkeypatch)
 
 def test_a_review_longer_than_the_model_is_named(golden, tmp_path, monkeypatch):
     """Found before the weights are read."""
-    monkeypatch.setattr(wiring, 'keep_compilations', lambda: None)
+    monkeypatch.setattr(program_model, 'keep_compilations', lambda: None)
     path = tmp_path / 'reviews.jsonl'
     path.write_text(json.dumps({'text': 'endless ' * 60, 'label': 1}) + '\n')
     with pytest.raises(ValueError, match="review 'endless endless .* tokens, .* new ones more than the model's 128"):
