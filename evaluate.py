@@ -1,13 +1,15 @@
 """How well a checkpoint, or a running server, labels the reviews of a labelled set.
 
+    python evaluate.py --load_checkpoint=runs/tuned --input=data/test.jsonl
     python evaluate.py --load_checkpoint=runs/tuned --input=rotten_tomatoes --split=test
     python evaluate.py --load_checkpoint=runs/tuned --input=rotten_tomatoes --split=test --before=base/evaluation.json
     python evaluate.py --url=http://127.0.0.1:5007 --input=reviews.json --method=both
 
-It prints the accuracy with its 95 % interval, the confusion matrix, misclassified reviews and what the model generates
-for a few reviews; with --before, that beside what it generated then, and how many reviews changed sides.  Everything is
-in evaluation.json in --output_dir, the confusion matrix also in confusion_matrix.png.  The prompt is the checkpoint's
-own template when it has one.
+It prints the accuracy with its 95 % interval, precision, recall and F1 of each label, the confusion matrix,
+misclassified reviews and what the model generates for a few reviews; with --before, that beside what it generated then,
+and how many reviews changed sides.  Everything is in evaluation.json in --output_dir, the confusion matrix also in
+confusion_matrix.png.  A NAME.jsonl that prepare_data.py wrote has its labels and template beside it, in
+labels_NAME.json; else the template is the checkpoint's, or the article's with the labels of the data.
 """
 import datetime
 import hashlib
@@ -24,8 +26,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from checkpoint import Source
-from data.labelled import Example, labelled_files, read_labelled, sample
+from data.labelled import Example, Labels, parse_labels, read_labelled, read_prepared
+from data.parts import sample
 from data.prompt import PromptTemplate
+from data.tables import labelled_files
 from data.tokenizer import load_tokenizer
 from evaluation import accuracy
 from evaluation.client import Server
@@ -57,15 +61,13 @@ def main(config) -> None:
     start_processes(config)
     load = settings.read_load(config)
     source = open_source(load)
-    template = choose_template(config, source)
-    files = labelled_files(config.input, config.split)
-    examples = read_labelled(config.input, config.split, config.text_field, config.label_field, template.labels)
+    files, examples, template = read_input(config, source)
     if config.sample_size:
         examples = sample(examples, size=config.sample_size, seed=config.seed)
     before = read_before(config.before, examples, template, methods(config)) if config.before else None
     shown = ([Example(row['text'], template.labels.index(row['label'])) for row in before['samples']] if before
              else examples[:config.samples])
-    asked = open_server(config) if config.url else open_engine(config, source, template, examples + shown)
+    asked = open_server(config) if config.url else open_engine(config, template, examples + shown, source)
     result = evaluate(asked, examples, shown, template, methods(config), config.max_new_tokens, config.sample_tokens)
     if processes.index() > 0:
         return  # every process asks the engine, process 0 says what came of it
@@ -99,16 +101,33 @@ def output_directory(config) -> Path:
     return output
 
 
-def choose_template(config, source: Source | None) -> PromptTemplate:
-    """The checkpoint's template; the flag `labels` may name what it says, and decides where there is none."""
+def read_input(config, source: Source | None) -> tuple[list[Path], list[Example], PromptTemplate]:
+    """Read the files, the examples in them, and the template to ask with.
+
+    The template is the checkpoint's, and what the flag `labels` or the labels_NAME.json of a prepared file say must
+    agree with it.  Without a checkpoint that has one it is that of labels_NAME.json, else the article's with the labels
+    that are named or stand in the data.
+    """
     stored = source and source.template
-    if not config.labels:
-        return stored or PromptTemplate()
-    labels = tuple(name.strip() for name in config.labels.split(','))
-    if stored and stored.labels != labels:
-        raise Mistake(f'labels={config.labels!r}, but load_checkpoint={config.load_checkpoint!r} was trained to '
-                         f'answer {",".join(stored.labels)}: leave --labels out')
-    return stored or PromptTemplate(labels=labels)
+    labels = parse_labels(config.labels) if config.labels else None
+    trained = stored and f'load_checkpoint={config.load_checkpoint!r} was trained to answer {",".join(stored.labels)}'
+    if stored and labels and stored.labels != labels.names:
+        raise Mistake(f'labels={config.labels!r}, but {trained}: leave --labels out')
+    files = labelled_files(config.input, config.split)
+    prepared = None if config.text_field or config.label_field else read_prepared(files[0])
+    if prepared:
+        examples, template = prepared
+        if stored and stored != template:
+            raise Mistake(f'input={config.input!r} was prepared for {template.prompt("..")!r} and the labels '
+                          f'{",".join(template.labels)}, but {trained} to {stored.prompt("..")!r}: prepare it with the '
+                          '--template and --labels of the training records')
+        if labels and labels.names != template.labels:
+            raise Mistake(f'labels={config.labels!r}, but input={config.input!r} was prepared with the labels '
+                          f'{",".join(template.labels)}: leave --labels out')
+        return [*files, files[0].with_name(f'labels_{files[0].stem}.json')], examples, template
+    found = read_labelled(config.input, config.split, config.text_field, config.label_field,
+                          labels or (Labels(stored.labels) if stored else None))
+    return files, found.examples, stored or PromptTemplate(labels=found.labels)
 
 
 def read_before(path: str, examples: list[Example], template: PromptTemplate, wanted: tuple[str, ...]) -> dict:
@@ -138,7 +157,7 @@ def open_server(config) -> Asked:
     return Asked(server.loglikelihood, lambda prompts, tokens, progress: server.generate(prompts, progress), encode)
 
 
-def open_engine(config, source: Source, template: PromptTemplate, examples: list[Example]) -> Asked:
+def open_engine(config, template: PromptTemplate, examples: list[Example], source: Source | None = None) -> Asked:
     """An engine of the checkpoint with room for the longest of `examples`."""
     model = open_model(settings.read_load(config), settings.read_compute(config), source)
     encode, most = model.tokenizer.encode, model.config.max_sequence_length
@@ -200,13 +219,18 @@ def evaluate(asked: Asked, examples: list[Example], shown: list[Example], templa
 
 
 def print_result(result: dict, before: dict | None) -> None:
+    listed = {}  # a review that several methods misclassify alike is listed once
     for method, report in result['results'].items():
         tokens = f", {report['prompt_tokens']} prompt tokens" if report['prompt_tokens'] is not None else ''
         print(f"\n{method}: {accuracy.report_text(report)}\n{report['total']} reviews in {report['seconds']:.1f} s, "
               f"{report['reviews_per_second']:.2f} reviews/s, compiling included{tokens}")
-        wrong = [result['reviews'][i] for i in report['misclassified']]
-        for row in wrong[:10]:
-            print(f"  {row['label']}, not {row[method]['prediction']}: {row['text']}")
+        said = {i: result['reviews'][i][method]['prediction'] for i in report['misclassified']}
+        wrong = [i for i in said if listed.get(i) != said[i]]
+        listed |= said
+        if len(wrong) < len(said):
+            print(f'  {len(said) - len(wrong)} misclassified reviews are those above')
+        for i in wrong[:10]:
+            print(f"  {result['reviews'][i]['label']}, not {said[i]}: {result['reviews'][i]['text']}")
         if len(wrong) > 10:
             print(f'  and {len(wrong) - 10} more misclassified reviews in evaluation.json')
         if before and method in before['results']:

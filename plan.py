@@ -25,8 +25,8 @@ from instruments.planning.plan_file import PlanFile
 from instruments.planning.search import choose, largest_batch, valid_meshes
 from instruments.planning.table import HEADER, SERVE_HEADER, WIDTHS, cells, row
 from instruments.planning.units import gib
+from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
-from kernels import chips
 from mistake import Mistake
 from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import check_rows, make_mesh, rows_unit
@@ -136,7 +136,7 @@ def command(config, plan: MeshPlan) -> str:
         rows = f'train_dataset.{config.train_dataset.type}_dataset'
         table, size, length = flags.TRAIN, f'{rows}.batch_size', f'{rows}.seq_length'
     known = {flag.name: flag.default for flag in table}
-    values = {flag.name: functools.reduce(lambda node, part: node[part], flag.name.split('.'), config)
+    values = {flag.name: parse.value_of(config, flag.name)
               for flag in flags.PLAN if flag.name in known and flag.name not in ('seq_length', 'batch_size')}
     values |= {'mesh_dim': plan.mesh_dim, size: plan.batch_size, length: config.seq_length}
     if config.serve:

@@ -1,17 +1,19 @@
-"""Turn a labelled set into records for training and files for evaluation.
+r"""Turn a labelled set into records for training and files for evaluation.
 
-    python prepare_data.py --input=reviews.json --output=prepared
-    python prepare_data.py --input=rotten_tomatoes --split=train --sample_ratio=0.5 --output=prepared
+    python prepare_data.py --input=reviews.csv --output=data --split_ratios=0.8,0.1,0.1
+    python prepare_data.py --input=tickets.csv --output=data --split_ratios=0.8,0.2 --template='Ticket: {text}\nTeam:'
+    python prepare_data.py --input=rotten_tomatoes --split=train --sample_ratio=0.5 --output=data
 
-For a part NAME (the split, or the input's file name without its ending) it writes into the output directory
+For a part NAME (train, validation and test of --split_ratios; else the split, or the input's file name without its
+ending) it writes into the output directory
 
-    NAME.jsonl        one record a line: {"text": "[Text]: a fine film\\n[Sentiment]: Positive"}; train.py reads it with
-                      --train_dataset.text_processor.fields=text, or, when it was written with
-                      --record_fields=text,prompt,answer, with fields='[prompt],answer' for loss on the label alone
-    eval_NAME.json    {"prefix_text": ["[Text]: a fine film\\n[Sentiment]:", ..]}, a body for POST /generate
+    NAME.jsonl        a record a line: {"text": "[Text]: a fine film\n[Sentiment]: Positive", "prompt": .., ..};
+                      train.py reads it with --train_dataset.text_processor.fields=text, or with
+                      fields='[prompt],answer' for loss on the label alone; evaluate.py reads it with --input
+    eval_NAME.json    {"prefix_text": ["[Text]: a fine film\n[Sentiment]:", ..]}, a body for POST /generate
     labels_NAME.json  the label of each prompt, the template, and where they come from
 
-The prompts of eval_NAME.json are those of the records, in the same order: evaluate on another split than you train on.
+The prompts of eval_NAME.json are those of the records, in the same order: evaluate on another part than you train on.
 """
 import hashlib
 import json
@@ -20,40 +22,90 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.labelled import Example, labelled_files, read_labelled, sample
+from data.labelled import Example, Labelled, parse_labels, read_labelled
+from data.parts import part, sample
 from data.prompt import PromptTemplate
+from data.tables import labelled_files
 from mistake import Mistake
 from program import flags, parse
 
 
 def main(config) -> None:
     if not config.output:
-        raise Mistake('output=\'\' must name a directory to write to, for example --output=prepared')
-    template = PromptTemplate(labels=tuple(name.strip() for name in config.labels.split(',')))
+        raise Mistake('output=\'\' must name a directory to write to, for example --output=data')
+    ratios = read_ratios(config.split_ratios)
+    if config.template:
+        PromptTemplate.written(config.template, ('a', 'b'))  # refused before the set is read
     files = labelled_files(config.input, config.split)
-    all_examples = read_labelled(config.input, config.split, config.text_field, config.label_field, template.labels)
-    chosen = sample(all_examples, ratio=config.sample_ratio, size=config.sample_size, seed=config.seed,
+    found = read_labelled(config.input, config.split, config.text_field, config.label_field,
+                          parse_labels(config.labels) if config.labels else None, config.skip_bad_rows)
+    template = (PromptTemplate.written(config.template, found.labels) if config.template
+                else PromptTemplate(labels=found.labels))
+    print_found(found, template, files)
+    chosen = sample(found.examples, ratio=config.sample_ratio, size=config.sample_size, seed=config.seed,
                     stratified=config.stratified, shuffle=config.shuffle)
-    counts = class_counts(chosen, template)
-    print(f'{len(all_examples)} examples in {", ".join(map(str, files))}: {class_counts(all_examples, template)}')
-    print(f'{len(chosen)} examples chosen: {counts}')
+    print(f'{len(chosen)} examples chosen: {class_counts(chosen, template)}')
     for warning in warnings(chosen, template):
         print(f'WARNING: {warning}', file=sys.stderr)
+    parts = {config.split or files[0].stem: chosen}
+    if ratios:
+        parts = dict(zip(ratios, part(chosen, tuple(ratios.values()), config.seed), strict=True))
+        for name, examples in parts.items():
+            print(f'  {name}: {len(examples)}: {class_counts(examples, template)}')
+            if missing := [label for label, count in class_counts(examples, template).items() if not count]:
+                print(f'WARNING: {name} has no example of {", ".join(missing)}', file=sys.stderr)
 
-    name, output = config.split or files[0].stem, Path(config.output)
-    if any(file.resolve() == (output / f'{name}.jsonl').resolve() for file in files):
-        raise Mistake(f'output={config.output!r} holds the input {files[0]}, which would be replaced; choose '
+    source = {'source': [{'file': str(file), 'sha256': sha256(file)} for file in files],
+              'sample': {key: config[key] for key in ('sample_ratio', 'sample_size', 'seed', 'stratified', 'shuffle',
+                                                      'split_ratios')}}
+    contents = {}
+    for name, examples in parts.items():
+        contents |= file_contents(name, examples, template, config.record_fields.split(','), source)
+    output = Path(config.output)
+    if over := [file for file in files if file.resolve() in [(output / name).resolve() for name in contents]]:
+        raise Mistake(f'output={config.output!r} holds the input {over[0]}, which would be replaced; choose '
                          'another directory')
-    output.mkdir(parents=True, exist_ok=True)
-    keys = config.record_fields.split(',')
-    lines = (json.dumps(record(example, template, keys), ensure_ascii=False) + '\n' for example in chosen)
-    prompts = {'prefix_text': [template.prompt(example.text) for example in chosen]}
-    labels = {'labels': [example.label for example in chosen], 'template': template.to_dict(), 'counts': counts,
-              'source': [{'file': str(file), 'sha256': sha256(file)} for file in files],
-              'sample': {key: config[key] for key in ('sample_ratio', 'sample_size', 'seed', 'stratified', 'shuffle')}}
-    write(output / f'{name}.jsonl', ''.join(lines))
-    write(output / f'eval_{name}.json', json.dumps(prompts, ensure_ascii=False) + '\n')
-    write(output / f'labels_{name}.json', json.dumps(labels, ensure_ascii=False) + '\n')
+    write_all(output, contents, config.overwrite)
+
+
+def read_ratios(flag: str) -> dict[str, float]:
+    """--split_ratios as {part: its ratio}; empty when the flag is.  Raises Mistake unless two or three positive numbers
+    sum to 1."""
+    if not flag:
+        return {}
+    try:
+        ratios = [float(ratio) for ratio in flag.split(',')]
+    except ValueError:
+        ratios = []
+    if len(ratios) not in (2, 3) or not all(0 < ratio < 1 for ratio in ratios) or abs(sum(ratios) - 1) > 1e-6:
+        raise Mistake(f'split_ratios={flag!r} must be two or three positive numbers that sum to 1: 0.8,0.2 for train '
+                      'and test, 0.8,0.1,0.1 for train, validation and test')
+    return dict(zip(('train', 'test') if len(ratios) == 2 else ('train', 'validation', 'test'), ratios, strict=True))
+
+
+def print_found(found: Labelled, template: PromptTemplate, files: list[Path]) -> None:
+    """Say what was read: rows skipped, columns, labels and where their names come from, and how a record looks."""
+    if found.skipped:
+        print(f'{len(found.skipped)} rows skipped:')
+        print('\n'.join(f'  {problem}' for problem in found.skipped[:5]))
+        if len(found.skipped) > 5:
+            print(f'  and {len(found.skipped) - 5} more')
+    counts = class_counts(found.examples, template)
+    print(f'{len(found.examples)} examples in {", ".join(map(str, files))}: {counts}')
+    print(f'texts from column {found.columns[0]!r}, labels from column {found.columns[1]!r}: {",".join(counts)} '
+          f'({found.origin})')
+    print(f'the first record: {template.record(*found.examples[0])!r}')
+
+
+def file_contents(name: str, examples: list[Example], template: PromptTemplate, keys: list[str],
+                  source: dict) -> dict[str, str]:
+    """{file name: its text} of the three files of a part."""
+    lines = (json.dumps(record(example, template, keys), ensure_ascii=False) + '\n' for example in examples)
+    prompts = {'prefix_text': [template.prompt(example.text) for example in examples]}
+    labels = {'labels': [example.label for example in examples], 'template': template.to_dict(),
+              'counts': class_counts(examples, template), **source}
+    return {f'{name}.jsonl': ''.join(lines), f'eval_{name}.json': json.dumps(prompts, ensure_ascii=False) + '\n',
+            f'labels_{name}.json': json.dumps(labels, ensure_ascii=False) + '\n'}
 
 
 def record(example: Example, template: PromptTemplate, keys: list[str]) -> dict:
@@ -94,12 +146,22 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, 'sha256').hexdigest()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a whole file or none, and say where."""
-    unfinished = path.with_name(path.name + '.unfinished')
-    unfinished.write_text(text, encoding='utf-8', newline='\n')
-    os.replace(unfinished, path)
-    print(f'wrote {path} ({path.stat().st_size} bytes)')
+def write_all(output: Path, contents: dict[str, str], overwrite: bool) -> None:
+    """Write {file name: text} into a directory, each file whole, and say where.
+
+    Raises Mistake before anything is written when a file of that name holds something else, unless `overwrite`.
+    """
+    for name, text in contents.items():
+        path = output / name
+        if path.exists() and not overwrite and path.read_bytes() != text.encode():
+            raise Mistake(f'output={str(output)!r} holds {name} of another preparation: choose another directory, or '
+                          'write over it with --overwrite=True')
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in contents.items():
+        path, unfinished = output / name, output / f'{name}.unfinished'
+        unfinished.write_text(text, encoding='utf-8', newline='\n')
+        os.replace(unfinished, path)
+        print(f'wrote {path} ({path.stat().st_size} bytes)')
 
 
 if __name__ == '__main__':

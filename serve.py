@@ -21,15 +21,17 @@ import time
 
 import jax
 import uvicorn
+from checkpoint.load import read_tokenizer
 
 from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from program import flags, parse, settings
+from model.partition import check_rows
+from program import flags, parse
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
-from serving.engine import PROGRAMS, Engine, check_batch_size, check_beams, check_lengths
+from serving.engine import PROGRAMS, Engine, check_beams, check_lengths
 from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
@@ -40,9 +42,8 @@ def main(config) -> None:
     options = options_of(config.lm_server)
     check_beams(config.do_sample, config.num_beams)
     start_processes(config)
-    load, compute = settings.read_load(config), settings.read_compute(config)
     if processes.index() > 0:
-        return follow(load_engine(config, open_model(load, compute)), warm_up, CallLine())
+        return follow(load_engine(config, open_model(config)), warm_up, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
@@ -52,7 +53,7 @@ def main(config) -> None:
         print(f'WARNING: {host} is not a loopback address and there is no authentication: everyone who can reach '
               f'{host}:{port} can use this model. --lm_server.host=127.0.0.1 serves this computer alone.', flush=True)
     with listener:
-        model = open_model(load, compute)
+        model = open_model(config)
         engine = load_engine(config, model)
         started = time.monotonic()
         line = CallLine() if processes.count() > 1 else None
@@ -144,17 +145,17 @@ def load_engine(config, model: Model) -> Engine:
     spec, path = config.load_checkpoint, config.tokenizer.vocab_file
     if not spec:
         raise Mistake('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
-    own = model.source.tokenizer
+    own = read_tokenizer(spec)
     if own is not None and own.fingerprint != model.tokenizer.fingerprint:
         raise Mistake(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
                          'with and holds: leave --tokenizer.vocab_file away')
     processes.refuse_difference('the tokenizer and the model', f'{model.tokenizer.fingerprint} {model.config}',
                                 'give all processes the same files (--load_checkpoint, --tokenizer.vocab_file)')
     check_lengths(config.input_length, config.seq_length, model.config)
-    check_batch_size(config.lm_server.batch_size, model.mesh)
+    check_rows(config.lm_server.batch_size, model.mesh, 'lm_server.batch_size')
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
-    params = jax.block_until_ready(model.load_params(config.seed))
+    params = jax.block_until_ready(model.load_params(spec, config.seed))
     print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
     return Engine(params, model.config, model.compute, model.tokenizer, model.mesh,
                   batch_size=config.lm_server.batch_size, input_length=config.input_length,

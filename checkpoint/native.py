@@ -172,7 +172,7 @@ def _commit(temporary: Path, final: Path, step: int, arrays, meta: dict, sealed:
     """Process 0: the manifest of the files of all processes, and the rename that makes them a step."""
     for name, entry in sealed.items():
         file = temporary / name
-        if not file.is_file() or file.stat().st_size != entry['size']:
+        if _size(file) != entry['size']:
             raise OSError(f'{file} was written by another process, but process 0 does not see it with its '
                           f'{entry["size"]} bytes: checkpoints must lie on a file system that all processes share')
     described = {name: dict(shape=list(array.shape), dtype=array.dtype.name) for name, array in arrays.items()}
@@ -239,7 +239,7 @@ def _chunk_shape(array: jax.Array | Streamed) -> list[int]:
 
 
 def check_shared(directory: str) -> None:
-    """With several processes makes `directory`; raises Mistake on all of them unless all see the same one."""
+    """Make `directory`, with several processes; raise Mistake on all of them unless all see the same one."""
     if processes.count() == 1:
         return
     root = Path(directory)
@@ -309,16 +309,14 @@ def _complete(path: Path) -> dict | None:
     """Return the manifest if it is sound and every file is there with its size."""
     if (manifest := _sound_manifest(path)) is None:
         return None
-    sizes = [(path / name, entry['size']) for name, entry in manifest['files'].items()]
-    return manifest if all(file.is_file() and file.stat().st_size == size for file, size in sizes) else None
+    return manifest if all(_size(path / name) == entry['size'] for name, entry in manifest['files'].items()) else None
 
 
 def _verify(path: Path, manifest: dict, names) -> None:
     """Raise Mistake naming the first of the files `names` whose size or sha256 is not the manifest's."""
     for name in names:
         entry, file = manifest['files'][name], path / name
-        size = file.stat().st_size if file.is_file() else 'no'
-        if size != entry['size']:
+        if (size := _size(file)) != entry['size']:
             raise Mistake(f'{file} has {size} bytes instead of {entry["size"]}: the checkpoint is corrupt'
                           + _other_steps(path))
         if _sha256(file) != entry['sha256']:
@@ -429,6 +427,14 @@ def shortened(lines: list[str], most: int = 10) -> str:
 
 
 # ---------------------------------------------------------------- files
+
+
+def _size(path: Path) -> int | str:
+    """Return the bytes of a file, 'no' if there is none (a run may delete it at any moment)."""
+    try:
+        return path.stat().st_size if path.is_file() else 'no'
+    except OSError:
+        return 'no'
 
 
 def _sha256(path: Path) -> str:

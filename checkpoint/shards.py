@@ -45,7 +45,7 @@ def fill(target: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray]) -> 
 
 
 def fill_stack(target: jax.ShapeDtypeStruct, read: Callable[[int, Bounds], np.ndarray]) -> jax.Array:
-    """The same of a stack [N, ..] from read(layer, bounds of a part of that layer's tensor)."""
+    """Fill a stack [N, ..] likewise, from read(layer, bounds of a part of that layer's tensor)."""
     if slice_bytes(target, stacked=True) == slice_bytes(target, stacked=False):
         return fill(target, lambda bounds: np.stack([read(layer, bounds[1:]).astype(target.dtype, copy=False)
                                                      for layer in range(*bounds[0])]))

@@ -1,4 +1,4 @@
-"""A batch of arrays, and what both ways to make batches share: the saved state and its checks, the throughput.
+"""A batch of arrays, and the parts that both ways to make batches share: saved state and its checks, throughput.
 
 stream.py packs all records into one stream of tokens, as EasyLM does; rows.py puts one record in a row.  Both are
 endless and resumable to the bit: `state()` belongs to the batch last returned, and after `restore(state)` comes the

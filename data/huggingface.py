@@ -1,6 +1,6 @@
-"""Records from a data set that the `datasets` library loads: from the hub, or a local directory of jsonl or parquet.
+"""Read records from a data set that the `datasets` library loads: the hub's, or a local directory of jsonl or parquet.
 
-The same interface as records.RecordReader, for batches.py; a place is the index of an example, not a byte.
+The reader is used as records.RecordReader is; a place is the index of an example, not a byte.
 """
 import hashlib
 import json
@@ -48,13 +48,9 @@ class HuggingfaceReader:
             try:
                 tokens, loss_mask = self.processor(example)
             except ValueError as error:
-                self.bad(number, str(error))
+                refuse_or_count(self, number, str(error))
             else:
                 yield Record(tokens, loss_mask, number, number + 1, number)
-
-    def bad(self, index: int, problem: str) -> None:
-        """Refuse the example (Mistake) or count it."""
-        refuse_or_count(self, index, problem)
 
     def place(self, index: int) -> str:
         """Name the place of a record, for messages."""

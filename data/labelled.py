@@ -1,22 +1,28 @@
-"""Labelled sets: read one, and take a sample of it.
+"""Labelled sets: texts and labels out of the rows of a file.
 
-Read from .json (a list of objects, or {"data": [..]}), .jsonl and .txt (one object a line), .csv (with a header),
-.parquet, or a directory laid out as the Hugging Face hub keeps `rotten_tomatoes` (data/train-00000-of-00001.parquet,
-train.parquet or train.jsonl).  A label is the number of its class or its name.  Nothing is repaired: the first row
-that does not fit is refused with its place in the file.  Neighbours: records.py (the line reader), prepare_data.py
-(the program).
+The columns of text and label are found by their names, the labels in the data, unless both are named.  A label is a
+word or a number; 1.0 is 1, and upper and lower case are one label.  A row without text or label is refused with its
+place, or skipped and counted.  Neighbours: tables.py (rows of files) below, parts.py (samples of a set) above.
 """
 import csv
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from data.records import json_lines
+from data.prompt import PromptTemplate
+from data.tables import labelled_files, rows
 from mistake import Mistake
+
+TEXT_COLUMNS = ('text', 'review', 'sentence', 'ticket', 'content', 'message', 'comment', 'body', 'document', 'question',
+                'query', 'utterance', 'post', 'tweet')
+LABEL_COLUMNS = ('label', 'labels', 'class', 'category', 'sentiment', 'team', 'stars', 'rating', 'target', 'tag',
+                 'topic', 'intent', 'emotion', 'polarity')
+NUMBER = re.compile(r'[+-]?\d+(\.\d+)?')
 
 
 class Example(NamedTuple):
@@ -26,161 +32,198 @@ class Example(NamedTuple):
     label: int
 
 
-def read_labelled(path: str | os.PathLike, split: str = '', text_field: str = 'text', label_field: str = 'label',
-                  labels: tuple[str, ...] = ('Negative', 'Positive')) -> list[Example]:
+class Labels(NamedTuple):
+    """What the labels are called.
+
+    names: as the model answers them, class 0 first.  numbers: what stands for each in the data, for example ('1', '2');
+    empty: '0', '1', .., unless a name is a number itself.
+    """
+
+    names: tuple[str, ...]
+    numbers: tuple[str, ...] = ()
+
+
+class Labelled(NamedTuple):
+    """A set that was read.
+
+    examples: in file order.  labels: their names.  origin: where the names come from, in words.  columns: of text and
+    of label.  skipped: the rows left out, where and why.
+    """
+
+    examples: list[Example]
+    labels: tuple[str, ...]
+    origin: str
+    columns: tuple[str, str]
+    skipped: list[str]
+
+
+def parse_labels(flag: str) -> Labels:
+    """Read --labels: 'bad,good' names 0, 1, ..; '1=bad,2=good' says which number is which; quoted as in CSV.
+
+    Raises Mistake unless these are at least two different names, all or none with a number.
+    """
+    try:
+        names = [name.strip() for name in next(csv.reader([flag], skipinitialspace=True, strict=True), ())]
+    except csv.Error as error:
+        raise Mistake(f'labels={flag!r}: {error}; write a name with a comma as "one, two"') from None
+    numbered = [re.fullmatch(r'(\d+)\s*=\s*(.+)', name) for name in names]
+    numbers = tuple(match[1] for match in numbered if match)
+    if numbers and not len(set(numbers)) == len(numbers) == len(names):
+        raise Mistake(f'labels={flag!r}: give each name a number of its own (1=bad,2=good), or none a number')
+    labels = tuple(match[2] if match else name for match, name in zip(numbered, names, strict=True))
+    if len(labels) < 2 or len({name.lower() for name in labels} - {''}) != len(labels):
+        raise Mistake(f'labels={flag!r} must be at least two different names')
+    return Labels(labels, numbers)
+
+
+def read_labelled(path: str | os.PathLike, split: str = '', text_column: str = '', label_column: str = '',
+                  labels: Labels | None = None, skip_bad_rows: bool = False) -> Labelled:
     """The examples of a file, or of one split of a directory, in file order.
 
-    A label is accepted as class number (0, '0') or as a name out of `labels`, whatever its case.  Raises Mistake
-    with the file and line (or row) for a missing field, a blank text and any other label, and names the flag for a
-    bad path.
+    An empty column is found by name (`find_columns`); no `labels` are those of the data (`labels_of`).  Raises Mistake
+    with the file and line (or row) for a row without text or label, or with a label that is none of `labels`, unless
+    `skip_bad_rows`; and names the flag for a bad path.
     """
-    names = {name.strip().lower(): number for number, name in enumerate(labels)}
-    if len(labels) < 2 or len(names) != len(labels) or '' in names:
-        raise Mistake(f'{labels=} must be at least two different names')
-    numbers = {str(number): number for number in range(len(labels))}
-    examples = []
-    for file in labelled_files(path, split):
-        for place, row in _rows(file, (text_field, label_field)):
-            for flag, field in (('text_field', text_field), ('label_field', label_field)):
-                if row.get(field) is None:
-                    present = ', '.join(repr(key) for key in row if key is not None)
-                    raise Mistake(f'{place}: field {field!r} is missing, the row has {present}; set --{flag}=NAME')
-            text, label = row[text_field], row[label_field]
-            if not isinstance(text, str) or not text.strip() or text != text.encode('utf-8', 'ignore').decode('utf-8'):
-                raise Mistake(f'{place}: field {text_field!r} must be text that is not blank, this is {text!r:.40}')
-            key = str(label).strip().lower()
-            number = names.get(key, numbers.get(key))
-            if number is None:
-                known = ', '.join(f'{n} or {name}' for n, name in enumerate(labels))
-                raise Mistake(f'{place}: {label_field}={label!r:.40} is no label; use {known}, or set --labels')
-            examples.append(Example(text, number))
+    found, skipped, columns = [], [], (text_column, label_column)
+    files = labelled_files(path, split)
+
+    def bad(place: str, problem: str) -> None:
+        if not skip_bad_rows:
+            raise Mistake(f'{place}: {problem} (prepare_data.py --skip_bad_rows=True skips and counts such rows)')
+        skipped.append(f'{place}: {problem}')
+
+    for number, file in enumerate(files):
+        if number == 0:
+            columns = find_columns(file, text_column, label_column)
+        for place, row in rows(file, columns):
+            text, label, problem = _text_and_label(row, *columns)
+            if problem:
+                bad(place, problem)
+            else:
+                found.append((place, text, label))
+    if not found:
+        raise Mistake(f'{path}: no examples in it, {len(skipped)} rows skipped')
+    seen = [label for _, _, label in found]
+    names = labels or Labels(labels_of(seen, columns[1]))
+    origin = 'as named' if labels else 'as they stand there; --labels names others'
+    if not labels and set(seen) & {'0', '1'} and names.names == PromptTemplate().labels:
+        origin = 'for the numbers 0 and 1; --labels names others'
+    classes, examples = _classes(names, set(seen)), []
+    for place, text, label in found:
+        if label.lower() in classes:
+            examples.append(Example(text, classes[label.lower()]))
+        else:
+            bad(place, f'{columns[1]}={label!r:.40} is no label; use {", ".join(sorted(classes))}, or set --labels')
     if not examples:
-        raise Mistake(f'{path}: no examples in it')
-    return examples
+        raise Mistake(f'{path}: no examples in it, {len(skipped)} rows skipped')
+    return Labelled(examples, names.names, origin, columns, skipped)
 
 
-def labelled_files(path: str | os.PathLike, split: str = '') -> list[Path]:
-    """The files that hold `path` (and `split`, when it is a directory): one, or the shards of a split in order."""
-    given, path = str(path), Path(path)
-    if path.is_file():
-        if split:
-            raise Mistake(f'{split=} chooses within a directory, input={str(path)!r} is a file: leave --split out')
-        return [path]
-    if not given or not path.is_dir():
-        raise Mistake(f'input={given!r} does not exist; --input must name a .json, .jsonl, .txt, .csv or '
-                         '.parquet file, or a directory with train.parquet and the like')
-    if not split:
-        raise Mistake(f'input={str(path)!r} is a directory: choose a part of it, for example --split=train')
-    shards = sorted((path / 'data').glob(f'{split}-[0-9]*-of-[0-9]*.parquet'))
-    if shards:
-        if len(shards) != int(shards[0].stem.rpartition('-')[2]):
-            raise Mistake(f'{path}/data: {len(shards)} shards of {split=} found, {shards[0].name} says otherwise')
-        return shards
-    for name in (f'{split}.parquet', f'{split}.jsonl'):
-        if (path / name).is_file():
-            return [path / name]
-    raise Mistake(f'{split=}: input={str(path)!r} holds neither data/{split}-00000-of-00001.parquet nor '
-                     f'{split}.parquet nor {split}.jsonl; check --split and --input')
+def find_columns(file: Path, text_column: str = '', label_column: str = '') -> tuple[str, str]:
+    """The columns of text and of label: those named, else `text` and `label`, else the only one with a usual name, else
+    the other one of two.  Raises Mistake that lists the columns, each with an example, where that decides nothing."""
+    present = {}
+    for _, row in itertools.islice(rows(file), 100):
+        for name, value in row.items():
+            present[name] = present.get(name) or value
+    if not present:
+        raise Mistake(f'{file}: no examples in it')
+    chosen = {'text': text_column, 'label': label_column}
+    for kind, usual in (('text', TEXT_COLUMNS), ('label', LABEL_COLUMNS)):
+        if chosen[kind] and chosen[kind] not in present:
+            raise Mistake(f'{file}: field {chosen[kind]!r} is missing, the row has {", ".join(map(repr, present))}; '
+                          f'set --{kind}_field=NAME')
+        free = [name for name in present if name not in chosen.values()]
+        named = [name for name in free if name.lower() in usual]
+        if exact := [name for name in named if name.lower() == kind]:
+            named = exact
+        if not chosen[kind] and len(named) == 1:
+            chosen[kind] = named[0]
+    for kind, other in (('text', 'label'), ('label', 'text')):
+        if not chosen[kind] and chosen[other] and len(present) == 2:
+            chosen[kind] = next(name for name in present if name != chosen[other])
+    if missing := [kind for kind in chosen if not chosen[kind]]:
+        if set(present) == {'text', 'prompt', 'answer'}:
+            raise Mistake(f'{file}: these are records of prepare_data.py without their labels: labels_{file.stem}.json '
+                          'must stand beside them')
+        listed = ', '.join(f'{name!r} (for example {str(value)!r:.40})' for name, value in present.items())
+        raise Mistake(f'{file}: which column holds the {" and which the ".join(missing)}? It has {listed}; choose with '
+                      + ' and '.join(f'--{kind}_field=NAME' for kind in missing))
+    return chosen['text'], chosen['label']
 
 
-def sample(examples: list[Example], *, ratio: float = 1.0, size: int = 0, seed: int = 42, stratified: bool = True,
-           shuffle: bool = True) -> list[Example]:
-    """A part of `examples` without repetition: `ratio` of them, or `size` of them (0: as the ratio says).
+def labels_of(found: list[str], column: str = 'label') -> tuple[str, ...]:
+    """The labels in a column, class 0 first: numbers in ascending order, else names in alphabetical order, each in its
+    commonest spelling.  0 and 1 are Negative and Positive, as the article has them, if there are no others."""
+    spellings = {}
+    for label, count in Counter(found).items():
+        spellings.setdefault(label.lower(), Counter())[label] = count
+    article = PromptTemplate().labels
+    if set(spellings) & {'0', '1'} and set(spellings) <= {'0', '1', *map(str.lower, article)}:
+        return article
+    if len(spellings) < 2:
+        raise Mistake(f'{column!r}: all {len(found)} rows have the label {found[0]!r}; two are needed: name them with '
+                      '--labels, or choose another --label_field')
+    if len(spellings) > max(20, len(found) // 10):
+        raise Mistake(f'{column!r} has {len(spellings)} different values in {len(found)} rows, for example '
+                      f'{found[0]!r:.40}: no labels; choose another --label_field, or name the labels with --labels')
+    numeric = all(NUMBER.fullmatch(key) for key in spellings)
+    return tuple(spellings[key].most_common(1)[0][0] for key in sorted(spellings, key=float if numeric else str))
 
-    The order is that of a permutation seeded by `seed`, or file order when not `shuffle`; the sample is the beginning
-    of it.  So smaller samples are contained in larger ones of the same seed.  `stratified`: each class has its
-    share of the whole, which is round(ratio * n) or `size` exactly, by largest remainder.
+
+def _text_and_label(row: dict, text_column: str, label_column: str) -> tuple[str, str, str]:
+    """(text, label, '') of a row, or ('', '', what is wrong with it)."""
+    for flag, name in (('text_field', text_column), ('label_field', label_column)):
+        if name not in row:
+            return '', '', (f'field {name!r} is missing, the row has {", ".join(map(repr, row))}; set --{flag}=NAME')
+    text, label = row[text_column], row[label_column]
+    if not isinstance(text, str) or not text.strip() or text != text.encode('utf-8', 'ignore').decode('utf-8'):
+        return '', '', f'field {text_column!r} must be text that is not blank, this is {text!r:.40}'
+    if label is None or isinstance(label, float) and not math.isfinite(label) or not str(label).strip():
+        return '', '', f'field {label_column!r} holds no label, this is {label!r}'
+    if isinstance(label, list | dict | bytes):
+        return '', '', f'field {label_column!r} must be a word or a number, this is {label!r:.40}'
+    return text, re.sub(r'^([+-]?\d+)\.0+$', r'\1', ' '.join(str(label).split())), ''
+
+
+def _classes(labels: Labels, found: set[str]) -> dict[str, int]:
+    """{a label as it stands in the data, in lower case: its class}.
+
+    Raises Mistake where numbers would be taken for the wrong names: they begin at 1, and nobody said which is which.
     """
-    if not 0 < ratio <= 1:
-        raise Mistake(f'sample_ratio={ratio} must be above 0 and at most 1')
-    if not 0 <= size <= len(examples):
-        raise Mistake(f'sample_size={size} must be between 0 (all) and {len(examples)}, the number of examples')
-    if size and ratio != 1:
-        raise Mistake(f'sample_ratio={ratio} and sample_size={size}: set only one of them')
-    groups = [example.label if stratified else 0 for example in examples]
-    counts = np.bincount(groups) if groups else np.zeros(1, int)
-    quota = _shares(counts, size or int(ratio * len(examples) + 0.5))
-    order = np.random.default_rng(seed).permutation(len(examples)) if shuffle else range(len(examples))
-    chosen = []
-    for i in order:
-        if quota[groups[i]] > 0:
-            quota[groups[i]] -= 1
-            chosen.append(examples[i])
-    if not chosen:
-        raise Mistake(f'sample_ratio={ratio} of {len(examples)} examples is none; raise --sample_ratio')
-    return chosen
+    names = {name.lower(): number for number, name in enumerate(labels.names)}
+    if not labels.numbers and any(NUMBER.fullmatch(name) for name in names):
+        return names
+    numbers = labels.numbers or [str(number) for number in range(len(names))]
+    counted = {int(label) for label in found - set(names) if label.isdecimal()}
+    if not labels.numbers and counted and min(counted) > 0 and max(counted) > 1:
+        said = ','.join(f'{min(counted) + n}={name}' for n, name in enumerate(labels.names))
+        raise Mistake(f'labels={",".join(labels.names)!r}: the data has the numbers {min(counted)} .. {max(counted)} '
+                      f'and no 0, so which is which? Say it: --labels={said}')
+    spoken = {'false': 0, 'true': 1} if len(names) == 2 and not labels.numbers else {}
+    return {**spoken, **{number: n for n, number in enumerate(numbers)}, **names}
 
 
-def _shares(counts: np.ndarray, size: int) -> np.ndarray:
-    """`size` divided in proportion to `counts` by largest remainder, in integers: nothing is rounded."""
-    shares, remainders = np.divmod(counts.astype(np.int64) * size, counts.sum())
-    for group in sorted(range(len(counts)), key=lambda group: -remainders[group])[:size - int(sum(shares))]:
-        shares[group] += 1
-    return shares
-
-
-def _rows(file: Path, fields: tuple[str, str]) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every row of a file; a row is a dict with at least the keys present."""
-    readers = {'.json': _json_rows, '.jsonl': _json_line_rows, '.txt': _json_line_rows, '.csv': _csv_rows}
-    if file.suffix == '.parquet':
-        return _parquet_rows(file, fields)
-    if file.suffix not in readers:
-        raise Mistake(f'input={str(file)!r} ends in {file.suffix!r}; use .json, .jsonl, .txt, .csv or .parquet')
-    return readers[file.suffix](file)
-
-
-def _json_line_rows(file: Path):
-    for line in json_lines(file):
-        if line.problem:
-            raise Mistake(f'{file}:{line.index + 1}: {line.problem}')
-        if line.example is not None:
-            yield f'{file}:{line.index + 1}', line.example
-
-
-def _json_rows(file: Path):
+def read_prepared(path: str | os.PathLike) -> tuple[list[Example], PromptTemplate] | None:
+    """The examples and the template of a NAME.jsonl that prepare_data.py wrote; None without labels_NAME.json beside
+    it.  Raises Mistake where the two do not belong together."""
+    path = Path(path)
+    notes = path.with_name(f'labels_{path.stem}.json')
+    if path.suffix != '.jsonl' or not path.is_file() or not notes.is_file():
+        return None
     try:
-        rows = json.loads(file.read_bytes().decode('utf-8-sig'))
-    except json.JSONDecodeError as error:
-        raise Mistake(f'{file}:{error.lineno}: no valid JSON: {error.msg}; if it holds one object a line, rename it '
-                         'to .jsonl') from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise Mistake(f'{file}: no valid JSON: {error}') from None
-    if isinstance(rows, dict):
-        rows = rows.get('data')
-    if not isinstance(rows, list):
-        raise Mistake(f'{file}: must hold a list of objects, or {{"data": [..]}}')
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise Mistake(f'{file}: entry {number} must be an object, this is {type(row).__name__}')
-        yield f'{file}: entry {number}', row
-
-
-def _csv_rows(file: Path):
-    with open(file, encoding='utf-8-sig', newline='') as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            for row in reader:
-                if None in row:
-                    raise Mistake(f'{file}:{reader.line_num}: more columns than the header has')
-                yield f'{file}:{reader.line_num}', row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise Mistake(f'{file}:{reader.line_num + 1}: {error}') from None
-
-
-def _parquet_rows(file: Path, fields: tuple[str, str]):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise Mistake(f"{file}: .parquet needs pyarrow: pip install '.[parquet]', or give .jsonl or .csv") from None
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        present = parquet.schema_arrow.names
-        if not set(fields) <= set(present):
-            yield f'{file}: row 1', dict.fromkeys(present, '')  # all rows lack the same field
-            return
-        rows = parquet.read(columns=list(fields)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Mistake(f'{file}: no readable parquet file: {error}') from None
-    for number, row in enumerate(rows, 1):
-        yield f'{file}: row {number}', row
+        noted = json.loads(notes.read_text(encoding='utf-8'))
+        labels, template = noted['labels'], PromptTemplate.from_dict(noted['template'], source=str(notes))
+        records = list(rows(path))
+        if len(records) != len(labels):
+            raise Mistake(f'{path} has {len(records)} records, {notes} {len(labels)} labels: prepare them again')
+        ends = [template.suffix + template.answer(label) for label in labels]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise Mistake(f'{notes}: not as prepare_data.py writes it ({error!r})') from None
+    examples = []
+    for (place, record), label, end in zip(records, labels, ends, strict=True):
+        text = str(record.get('text')).removeprefix(template.prefix).removesuffix(end)
+        if record.get('text') != template.record(text, label):
+            raise Mistake(f'{place}: does not fit the label and template in {notes}: prepare them again')
+        examples.append(Example(text, label))
+    return examples, template

@@ -2,8 +2,8 @@
 
 A worker is this file run as a program (`python -m data.parallel`).  It is told the tokenizer and the text settings
 once and then answers chunk after chunk of lines.  It is neither a fork (JAX has threads) nor one of multiprocessing's
-(whose start imports the main program, JAX with it, and which pickles).  Its input ends when the program that started
-it does, however that ends, and with its input it ends itself.
+(whose start imports the main program, JAX with it, and which pickles).  It ends when its input ends, so when the
+program that started it ends, however that happens.
 
 A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.  Neighbours: text_processor.py below,
 records.py above.

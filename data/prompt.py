@@ -30,6 +30,20 @@ class PromptTemplate:
         if len(different) < 2 or len(different) != len(names):
             raise Mistake(f'template labels={self.labels!r} must be at least two different names')
 
+    @classmethod
+    def written(cls, template: str, labels: tuple[str, ...]) -> 'PromptTemplate':
+        """The template that --template writes: 'Ticket: {text}\\nTeam:', with a literal \\n for a line's end.
+
+        Raises Mistake unless {text} stands in it exactly once, and no blank at its end: the answer brings its own.
+        """
+        parts = template.replace('\\n', '\n').split('{text}')
+        if len(parts) != 2:
+            raise Mistake(f'{template=} must hold {{text}} exactly once, where the text goes: '
+                          r"--template='Ticket: {text}\nTeam:'")
+        if parts[1].endswith(' '):
+            raise Mistake(f'{template=} ends in a blank: leave it off, the answer begins with one')
+        return cls(*parts, labels=labels)
+
     def prompt(self, text: str) -> str:
         return self.prefix + text + self.suffix
 

@@ -1,9 +1,9 @@
-"""Records: a file of one JSON object a line -> token ids with a loss mask, line after line.
+"""Read a file of one JSON object a line as records: token ids with a loss mask, line after line.
 
 A file has one policy for bad lines (no JSON object, invalid UTF-8, longer than 16 MiB, a field missing, of the wrong
 type or blank): refuse the first with its file:line, or skip and count them all.  Empty lines are no records; a byte
 order mark and CRLF are accepted.  Neighbours: text_processor.py (one object) and parallel.py (in several processes)
-below; huggingface.py (records from elsewhere), batches.py (records -> arrays), labelled.py above.
+below; huggingface.py (records from elsewhere), stream.py and rows.py (records -> arrays), labelled.py above.
 """
 import hashlib
 import os
@@ -75,9 +75,9 @@ class RecordReader:
 
     flag: where the options stand on the command line, for messages ('train_dataset.json_dataset').
     skipped_lines: how many bad lines were passed over, in all passes; problems: the first ten of them, with file:line.
-    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, and give the same
-    records, errors and counts.  A process gets chunk_size lines at a time, and at most batch_size lines (or a chunk for
-    each process, if that is more) are read ahead.
+    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, with the same
+    records, errors and counts.  chunk_size: lines that a process gets at a time.  batch_size: most lines read ahead (or
+    a chunk for each process, if that is more).
     """
 
     positions_are_bytes = True  # start and end of a Record
@@ -96,13 +96,9 @@ class RecordReader:
         """Yield the records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
         for line, (tokens, loss_mask, problem) in self._outcomes(raw_lines(self.path, start, index)):
             if line.problem or problem:
-                self.bad(line.index, line.problem or problem)
+                refuse_or_count(self, line.index, line.problem or problem)
             elif tokens is not None:
                 yield Record(tokens, loss_mask, line.start, line.end, line.index)
-
-    def bad(self, index: int, problem: str) -> None:
-        """Refuse the line (Mistake) or count it."""
-        refuse_or_count(self, index, problem)
 
     def place(self, index: int) -> str:
         """Name the place of a record, for messages."""

@@ -1,7 +1,7 @@
-"""Records -> batches with one record a row, padded on the right to one of a few bucket lengths.
+"""Make batches with one record a row, padded on the right to one of a few bucket lengths.
 
-Only the positions that carry loss are listed, so that the network need not compute logits for the others.  Shuffled
-every epoch, each record once.  Neighbours: batches.py below; stream.py, the other way.
+Only the positions that carry loss are listed, so that the network need not compute logits for the others.  Rows are
+shuffled every epoch; each record comes once.  Neighbours: batches.py below; stream.py, the other way.
 """
 import hashlib
 
@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batches import DAMAGED, ROWS_STATE, Batch, Reader, Throughput, check_source, check_state
-from data.records import Record
+from data.records import Record, refuse_or_count
 from mistake import Mistake
 
 
@@ -39,6 +39,7 @@ class RowBatches:
         self.counts = {'rows': 0, 'truncated': 0, 'dropped': 0, 'skipped_lines': 0}
         self._read(progress)
         reader.close()
+        self._buckets = np.searchsorted(self.edges, [len(tokens) - 1 for tokens in self.tokens])  # of each row
         self._widths = self._target_widths()
         self._source = {'rows_sha256': self._fingerprint(), 'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size,
                         'bucket_lengths': self.edges.tolist()}
@@ -75,7 +76,7 @@ class RowBatches:
     @property
     def fill(self) -> float:
         """The share of positions that hold tokens, in epoch 0; the rest is padding."""
-        padded = sum(self.batch_size * self._length(rows) for rows in self._epoch_plan(0))
+        padded = sum(self.batch_size * self.edges[self._buckets[rows].max()] for rows in self._epoch_plan(0))
         return sum(len(tokens) - 1 for tokens in self.tokens) / padded
 
     @property
@@ -106,7 +107,8 @@ class RowBatches:
                 continue
             positions = np.flatnonzero(record.loss_mask[1:]).astype(np.int32)
             if not len(positions):
-                self.reader.bad(record.index, 'no token of the record carries loss; check text_processor.fields')
+                refuse_or_count(self.reader, record.index,
+                                'no token of the record carries loss; check text_processor.fields')
                 continue
             self.tokens.append(np.array(record.tokens, np.int32))
             self.positions.append(positions)
@@ -137,23 +139,17 @@ class RowBatches:
 
     def _target_widths(self) -> list[int]:
         """Return P of each bucket: most targets of a row that fits it, up to a power of two, at most T; 0: no row."""
-        counts, buckets, widths = np.array([len(p) for p in self.positions]), self._buckets(), []
+        counts, widths = np.array([len(p) for p in self.positions]), []
         for number, edge in enumerate(self.edges):
-            most = int(counts[buckets <= number].max(initial=1))
-            widths.append(min(int(edge), 1 << (most - 1).bit_length()) if number in buckets else 0)
+            most = int(counts[self._buckets <= number].max(initial=1))
+            widths.append(min(int(edge), 1 << (most - 1).bit_length()) if number in self._buckets else 0)
         return widths
-
-    def _buckets(self) -> np.ndarray:
-        return np.searchsorted(self.edges, [len(tokens) - 1 for tokens in self.tokens])
-
-    def _length(self, rows: list[int]) -> int:
-        return int(self.edges[np.searchsorted(self.edges, max(len(self.tokens[row]) for row in rows) - 1)])
 
     def _epoch_plan(self, epoch: int) -> list[list[int]]:
         """List the rows of every batch of an epoch."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.tokens)) if self.shuffle else np.arange(len(self.tokens))
-        buckets, batches, rest = self._buckets()[order], [], []
+        buckets, batches, rest = self._buckets[order], [], []
         for number in range(len(self.edges)):
             rows = rest + order[buckets == number].tolist()
             full = len(rows) // self.batch_size * self.batch_size
@@ -164,8 +160,8 @@ class RowBatches:
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
     def _build(self, rows: list[int]) -> Batch:
-        batch, length = self.batch_size, self._length(rows)
-        width = self._widths[np.searchsorted(self.edges, length)]
+        bucket = self._buckets[rows].max()
+        batch, length, width = self.batch_size, self.edges[bucket], self._widths[bucket]
         tokens_BT = np.full((batch, length), self.reader.processor.tokenizer.pad_token_id, np.int32)
         segments_BT = np.zeros((batch, length), np.int32)
         positions_BP, targets_BP = np.zeros((batch, width), np.int32), np.zeros((batch, width), np.int32)

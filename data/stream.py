@@ -1,4 +1,4 @@
-"""Records -> batches as EasyLM makes them: all records in file order form one stream of tokens.
+"""Make batches as EasyLM does: all records in file order form one stream of tokens.
 
 The stream is cut into batch_size rows of seq_length tokens; targets are the same stream one token later.  Records
 straddle rows, and attention crosses records.  Neighbours: batches.py below; rows.py, the other way.
@@ -64,7 +64,8 @@ class PackedStream:
 
     def state(self) -> dict:
         """Return, JSON-able, the line that began the tokens still waiting and how many of its tokens are gone."""
-        start, index, skipped, dropped = self._head()
+        start, index, skipped, _, dropped = self._waiting[0] if self._waiting else (  # before the first batch
+            self._file_loc, self._example_index, self.reader.skipped_lines, 0, 0)
         return {'start': start, 'index': index, 'dropped': dropped, 'skipped_lines': skipped,
                 'total_tokens': self.total_tokens, 'source': self._source}
 
@@ -118,9 +119,3 @@ class PackedStream:
             count -= taken
             if not head[3]:
                 self._waiting.popleft()
-
-    def _head(self) -> tuple[int, int, int, int]:
-        if not self._waiting:  # only before the first batch: each batch leaves at least two tokens waiting
-            return self._file_loc, self._example_index, self.reader.skipped_lines, 0
-        start, index, skipped, _, dropped = self._waiting[0]
-        return start, index, skipped, dropped

@@ -1,4 +1,4 @@
-"""The text processor: a JSON object -> token ids with a loss mask.
+"""Turn a JSON object into token ids with a loss mask.
 
 `fields` says how a record becomes tokens, in the little language of EasyLM (its data.py, August 2023):
 
@@ -25,7 +25,7 @@ def parse(line: bytes) -> tuple[dict | None, str]:
     if not line.strip():
         return None, ''
     try:
-        example = json.loads(line.decode('utf-8'))
+        example = json.loads(line.decode('utf-8').rstrip())
     except UnicodeDecodeError as error:
         return None, f'invalid UTF-8 at byte {error.start} of the line'
     except json.JSONDecodeError as error:

@@ -1,6 +1,6 @@
-"""Text <-> token ids, from a sentencepiece model (tokenizer.model) or a Hugging Face tokenizer.json.
+"""Encode and decode text with a sentencepiece model (tokenizer.model) or a Hugging Face tokenizer.json.
 
-Text is only ever text: '<s>' or '<|im_start|>' inside it is encoded letter by letter and never becomes the control
+Text is never anything else: '<s>' or '<|im_start|>' inside it is encoded letter by letter and never becomes the control
 token, so nobody who sends a prompt can forge the beginning or end of an example.  (EasyLM's tokenizer did parse
 them.)  bos and eos are added by id where records and prompts are built, never here.  Neighbours:
 text_processor.py, serving and the checkpoint readers.

@@ -122,7 +122,8 @@ def confusion_matrix(labels: list[int], predictions: list[int], classes: int) ->
 
 def accuracy_report(examples: list[Example], predictions: list[Prediction], template: PromptTemplate) -> dict:
     """The figures of one method, JSON-able: accuracy with its 95 % interval, the share of the commonest label (what a
-    constant answer would reach), the confusion matrix and the indices of the misclassified reviews."""
+    constant answer would reach), `per_label` and `macro_f1` (`label_scores`), the confusion matrix and the indices of
+    the misclassified reviews."""
     labels = [example.label for example in examples]
     counts = confusion_matrix(labels, [prediction.label for prediction in predictions], len(template.labels))
     correct = int(np.trace(counts))
@@ -130,19 +131,42 @@ def accuracy_report(examples: list[Example], predictions: list[Prediction], temp
         'total': len(examples), 'correct': correct, 'accuracy': correct / len(examples),
         'interval_95': list(wilson_interval(correct, len(examples))),
         'majority_baseline': int(counts.sum(axis=1).max()) / len(examples),
+        **label_scores(counts, template.labels),
         'rows_original': list(template.labels), 'columns_predicted': [*template.labels, 'other'],
         'confusion': counts.tolist(),
         'misclassified': [i for i, (label, p) in enumerate(zip(labels, predictions, strict=True)) if label != p.label],
     }
 
 
+def label_scores(counts_CP: np.ndarray, labels: tuple[str, ...]) -> dict:
+    """{'per_label': {name: {precision, recall, f1, cases}}, 'macro_f1'} of a confusion matrix.
+
+    precision: of the reviews given a label, the share that have it; recall: of those that have it, the share that were
+    given it; f1 = 2 right / (given + having), their harmonic mean.  A share of nothing is None.  macro_f1 is the mean
+    f1 of the labels that occur, original or predicted, as scikit-learn has it.
+    """
+    scores = {}
+    for label, name in enumerate(labels):
+        right, given, having = int(counts_CP[label, label]), int(counts_CP[:, label].sum()), int(counts_CP[label].sum())
+        scores[name] = {'precision': right / given if given else None, 'recall': right / having if having else None,
+                        'f1': 2 * right / (given + having) if given + having else None, 'cases': having}
+    f1 = [score['f1'] for score in scores.values() if score['f1'] is not None]
+    return {'per_label': scores, 'macro_f1': sum(f1) / len(f1) if f1 else None}
+
+
 def report_text(report: dict) -> str:
-    """The report as the program prints it: figures and the confusion matrix."""
+    """The report as the program prints it: figures, a table of labels and the confusion matrix."""
     low, high = report['interval_95']
     columns = report['columns_predicted']
-    width = max(len(name) for name in columns) + 2
+    width = max(9, *map(len, columns)) + 2
+    share = lambda value: '-' if value is None else f'{value:.1%}'
     lines = [f"accuracy {report['accuracy']:.2%}  ({report['correct']} of {report['total']}; 95 % interval {low:.2%} "
              f"to {high:.2%}); always the commonest label: {report['majority_baseline']:.2%}",
+             ' ' * width + ''.join(f'{name:>11}' for name in ('precision', 'recall', 'F1', 'cases'))]
+    for name, score in report['per_label'].items():
+        lines.append(f'{name:>{width}}' + ''.join(f'{share(score[key]):>11}' for key in ('precision', 'recall', 'f1'))
+                     + f"{score['cases']:>11}")
+    lines += [f'{"macro F1":>{width}}{share(report["macro_f1"]):>33}', '',
              ' ' * width + ''.join(f'{name:>{width}}' for name in columns) + '   <- predicted']
     for name, row in zip(report['rows_original'], report['confusion'], strict=True):
         lines.append(f'{name:>{width}}' + ''.join(f'{count:>{width}}' for count in row))

@@ -1,8 +1,8 @@
 """Let the processes of one run (often one a host) agree on a value, or fail together.  Neighbour: start.py.
 
 Everything goes through the key-value store of JAX's coordination service, which process 0 hosts
-(start.start_processes connects to it), so nothing here touches a device.  With one process each function is its own
-short cut.  All processes must make the same calls in the same order.
+(start.start_processes connects to it), so nothing here touches a device.  With one process there is nobody to ask,
+and each function returns at once.  All processes must make the same calls in the same order.
 """
 import itertools
 import json
@@ -53,7 +53,7 @@ def agree(work: Callable[[], object], undo: Callable[[], object] = lambda: None)
     """Do `work` on every process and return all results [of process 0, of 1, ..], JSON values; fail on all if on one.
 
     An exception is raised again where it happened; elsewhere as Mistake, OSError or (a fault of the code)
-    RuntimeError, naming the process.  Before that every process has called `undo`, and waited for the others' `undo`.
+    RuntimeError, naming the process.  Every process has called `undo` before, and waited for the others' `undo`.
     """
     result = failed = None
     try:

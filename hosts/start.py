@@ -94,32 +94,30 @@ def _call_the_roll(port: int, count: int, seconds: float) -> str | None:
     except OSError as error:
         return (f'jax_distributed.coordinator_address: process 0 cannot listen on port {port}: {error}; choose another '
                 'port')
-    present, error = {}, None
+    missing, connections, error = set(range(1, count)), [], None
     with server:
-        while len(present) < count - 1 and not error:
+        while missing and not error:
             server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, count)) - set(present))
                 error = (f'jax_distributed.num_processes={count}, but of 0..{count - 1} these did not come within '
-                         f'{seconds:g} s: {missing}; start them with the same coordinator_address, or lower '
+                         f'{seconds:g} s: {sorted(missing)}; start them with the same coordinator_address, or lower '
                          '--jax_distributed.num_processes')
                 break
             said = _read_line(connection, 5)
             if not isinstance(said, dict) or set(said) != {'num_processes', 'process_id'}:
                 connection.close()  # not one of ours
-            elif said['num_processes'] != count:
+                continue
+            connections.append(connection)
+            if said['num_processes'] != count:
                 error = (f'jax_distributed.num_processes={count} on process 0, but {said["num_processes"]} on process '
                          f'{said["process_id"]}: give all processes the same number')
-                connection.sendall(json.dumps(dict(error=error)).encode() + b'\n')
-            elif said['process_id'] in present:
+            elif said['process_id'] not in missing:
                 error = (f'jax_distributed.process_id={said["process_id"]} was given to two processes: number them '
                          f'0..{count - 1}')
-                connection.sendall(json.dumps(dict(error=error)).encode() + b'\n')
-            else:
-                present[said['process_id']] = connection
-    for connection in present.values():
+            missing.discard(said['process_id'])
+    for connection in connections:
         with connection:
             connection.sendall(json.dumps(dict(error=error)).encode() + b'\n')
     return error

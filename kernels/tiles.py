@@ -1,4 +1,4 @@
-"""FlashPlan how the flash attention kernels cut their work: tiles, what follows from them, and the VMEM they take.
+"""Plan how the flash attention kernels cut their work: tiles, what follows from them, and the VMEM they take.
 
 Letters: kernels/flash_attention.py, which reads this.  Tuned tiles: kernels/tuned.py.
 """
@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import chips
 from kernels.tuned import tuned_tiles
 
 MIB = 2**20
+CHIPS = {  # the kind of a device, as JAX has it -> (the chip's name, bytes of VMEM of a TensorCore)
+    'TPU v4': ('v4', 16 * MIB), 'TPU v5 lite': ('v5e', 128 * MIB), 'TPU v5e': ('v5e', 128 * MIB),
+    'TPU v5': ('v5p', 64 * MIB), 'TPU v5p': ('v5p', 64 * MIB), 'TPU v6 lite': ('v6e', 128 * MIB),
+    'TPU v6e': ('v6e', 128 * MIB), 'TPU7x': ('v7x', 64 * MIB)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +123,14 @@ def vmem_bytes(plan: FlashPlan, backward: bool) -> int:
     return 2 * (windows + 2 * ids * plan.segments) + sums + min(scores, R * R) * size * item // 2 + MIB
 
 
+def device_kind() -> str:
+    """Name the kind of device that is compiled for: that of the mesh, which may be described only, or the first."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+
+
 def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, causal: bool, segments: bool,
               tiles: FlashTiles | None, interpret) -> FlashPlan:
-    """FlashPlan a kernel with the tiles given, or with the device's tuned ones, made smaller until they fit it.
-
-    The device is that of the mesh that is compiled for, else the process's first.
+    """Plan a kernel with the tiles given, or with the device's (`device_kind`) tuned ones, made smaller until they fit.
 
     Raises:
       ValueError: the tiles do not fit the sizes, no tiles are known for the device, or VMEM cannot hold so long a row.
@@ -132,13 +138,12 @@ def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, 
     with_tiles = functools.partial(FlashPlan, B, T, H, K, D, causal, segments, dtype)
     if tiles is not None:
         return with_tiles(tiles.backward if backward else tiles.forward)
-    kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-    try:
-        chip = chips.find('v5e' if interpret else kind)
-    except ValueError as error:
-        raise ValueError(f'{kind=} of the device is no TPU that tiles are known for ({error}); compile under '
-                         'jax.set_mesh of a mesh of these, pass tiles=, or interpret=') from None
-    wanted = Tiles(**tuned_tiles('flash_backward' if backward else 'flash_forward', chip.name, T=T, D=D, group=H // K,
+    kind = 'TPU v5e' if interpret else device_kind()
+    if kind not in CHIPS:
+        raise ValueError(f'{kind=} of the device is no TPU that tiles are known for ({", ".join(CHIPS)}); compile '
+                         'under jax.set_mesh of a mesh of these, pass tiles=, or interpret=')
+    chip, vmem = CHIPS[kind]
+    wanted = Tiles(**tuned_tiles('flash_backward' if backward else 'flash_forward', chip, T=T, D=D, group=H // K,
                                  causal=causal, segments=segments))
     if dtype == jnp.float32:  # a product takes six passes, thus six times the code, and twice the memory
         wanted = dataclasses.replace(wanted, heads=1, block=512, strip=256, turn=256)
@@ -147,8 +152,8 @@ def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, 
             smaller = dataclasses.replace(wanted, heads=heads, block=block, strip=min(wanted.strip, block),
                                           turn=min(wanted.turn, block))
             plan = with_tiles(smaller)
-            if vmem_bytes(plan, backward) <= chip.vmem_bytes:
+            if vmem_bytes(plan, backward) <= vmem:
                 return plan
-    raise ValueError(f'{T=} is too long for {chip.name}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
-                     f'{vmem_bytes(plan, backward) / MIB:.0f} of {chip.vmem_bytes // MIB} MiB; '
+    raise ValueError(f'{T=} is too long for {chip}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
+                     f'{vmem_bytes(plan, backward) / MIB:.0f} of {vmem // MIB} MiB; '
                      'split the sequence over devices')

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import reference
 from kernels.decode_attention import decode_attention
 from kernels.flash_attention import flash_attention
+from kernels.tiles import device_kind
 from mistake import Mistake
 from model import cache as kv_cache
 
@@ -26,9 +27,8 @@ def resolve(name: str) -> str:
 
 
 def on_tpu() -> bool:
-    """Tell whether the program is compiled for a TPU: one of this process, or one that only the mesh describes."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind.startswith('TPU')
+    """Tell whether the program is compiled for a TPU."""
+    return device_kind().startswith('TPU')
 
 
 def interpreted(name: str) -> bool:

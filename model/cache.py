@@ -1,8 +1,7 @@
 """The key/value cache of decoding: one row per sequence, one slot per position.
 
 Row b holds its tokens from slot 0 on, so the key in slot s has position s, and a query at position p sees exactly the
-slots s <= p.  What lies in later slots (padding of a shorter prompt, or leftovers) is never seen, and decoding
-overwrites it.
+slots s <= p.  Later slots (padding of a shorter prompt, or leftovers) are never seen, and decoding overwrites them.
 
 A slot is one row of W numbers: the heads side by side, filled up to whole lanes.  That is how the decode kernel reads
 it: [S, K, D] would be padded to 128 lanes a head in a TPU's memory (kernels/decode_attention.py).

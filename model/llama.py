@@ -29,7 +29,7 @@ from model.weights import Array, Layer, Llama
 
 @pytree
 class Pass:
-    """What all layers of one forward pass share.
+    """Holds what all layers of one forward pass share.
 
     rope: cos and sin, `rope_table`.  positions_BT, segments_BT: int32 (segments None: one a row).  split_sequence:
     activations between blocks are 'B T/mp M', not 'B T M'.  from_start: the tokens are the first T of their rows.

@@ -1,4 +1,4 @@
-"""What the backward pass finds saved of a layer, by name; the rest is computed again (rematerialized)."""
+"""Choose by name which tensors of a layer are saved for the backward pass; the rest is computed again."""
 import jax
 
 from mistake import Mistake

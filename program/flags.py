@@ -1,7 +1,8 @@
 """Every flag of every program, once: name, default, help.  `--help` and docs/FLAGS.md say it again.
 
-A program's table is a tuple of `Flag`s; a name's dots nest (`--optimizer.adamw_optimizer.lr=1e-3`).  To add a flag add
-one line here, then write docs/FLAGS.md anew.  Next: parse.py, which reads the command line.
+A program's table is a tuple of `Flag`s; a name's dots nest (`--optimizer.adamw_optimizer.lr=1e-3`).  To add a flag,
+write its line here, with its range if it is a number (`least=1`) and `path=` if it is a path, and write docs/FLAGS.md
+anew (`python -m program.parse > docs/FLAGS.md`).  Next: parse.py, which reads the command line.
 """
 from typing import Any, NamedTuple
 
@@ -88,21 +89,31 @@ ASSETS = (
 )
 
 PREPARE = (
-    Flag('input', '', 'labelled set: .json (list of objects), .jsonl or .txt (one object a line), .csv, .parquet, or a '
-         'directory with data/train-00000-of-00001.parquet, train.parquet or train.jsonl', path='asset'),
+    Flag('input', '', 'labelled set: .csv or .tsv (with a header), .json (list of objects), .jsonl or .txt (one object '
+         'a line), .parquet, or a directory with data/train-00000-of-00001.parquet, train.parquet or train.jsonl',
+         path='asset'),
     Flag('split', '', 'the part of a directory to take: train, validation or test'),
     Flag('output', '', 'directory to write NAME.jsonl, eval_NAME.json and labels_NAME.json to', path='write'),
-    Flag('text_field', 'text', 'name of the field or column that holds the text'),
-    Flag('label_field', 'label', 'name of the field or column that holds the label: its number or its name'),
-    Flag('labels', 'Negative,Positive', 'names of the labels 0, 1, .., as the model shall answer them'),
+    Flag('text_field', '', 'name of the field or column that holds the text; empty: found by its name (text, review, '
+         'ticket, message, ...), or the other one of two'),
+    Flag('label_field', '', 'name of the field or column that holds the label, its number or its name; empty: found by '
+         'its name (label, class, sentiment, team, stars, ...), or the other one of two'),
+    Flag('labels', '', 'names of the labels 0, 1, .., as the model shall answer them; 1=bad,2=good where the numbers '
+         'are others; "quoted, with a comma"; empty: those in the data (Negative,Positive for 0 and 1)'),
+    Flag('template', '', r"the prompt, with {text} for the text and \n for a line's end: 'Ticket: {text}\nTeam:'; it "
+         "is kept in the checkpoint; empty: the article's, '[Text]: {text}\\n[Sentiment]:'"),
+    Flag('split_ratios', '', 'part the examples into train,test (0.8,0.2) or train,validation,test (0.8,0.1,0.1), each '
+         'label in proportion, equal texts on one side; empty: one part'),
+    Flag('skip_bad_rows', False, 'skip and count rows without text or label, instead of refusing the first'),
     Flag('sample_ratio', 1.0, 'part of the examples to take', above=0, most=1),
     Flag('sample_size', 0, 'number of examples to take; 0: as sample_ratio says', least=0),
     Flag('stratified', True, 'sample each label by itself, so that their proportions stay'),
     Flag('shuffle', True, 'draw at random and write in that order; False takes from the head of the file'),
-    Flag('seed', 42, 'of drawing', least=0),
-    Flag('record_fields', 'text', 'keys of a record: text is prompt and answer in one, for loss on all tokens; with '
-         "prompt and answer too, fields='[prompt],answer' puts the loss on the label alone",
+    Flag('seed', 42, 'of drawing and parting', least=0),
+    Flag('record_fields', 'text,prompt,answer', 'keys of a record: text is prompt and answer in one, for loss on all '
+         "tokens (fields=text); with prompt and answer too, fields='[prompt],answer' puts the loss on the label alone",
          ('text', 'text,prompt,answer')),
+    Flag('overwrite', False, 'write over what another preparation has left in `output`'),
 )
 
 MODEL = (  # common to every program that runs the network
@@ -138,7 +149,8 @@ ADD_BOS_TOKEN = Flag('add_bos_token', None, 'begin each prompt with the bos toke
                      'trained, True where it does not say', kind=bool)
 
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
-    Flag('labels', '', "names of the labels 0, 1, ..; empty for the checkpoint's own, else Negative,Positive"),
+    Flag('labels', '', 'names of the labels 0, 1, .., as prepare_data.py takes them; empty: those of the checkpoint, '
+         'or of labels_NAME.json beside a prepared NAME.jsonl, else those in the data'),
     Flag('sample_size', 0, 'reviews to evaluate, drawn with `seed`, each label in proportion; 0 for all', least=0),
     Flag('method', 'loglikelihood', "loglikelihood: the likelier answer; generate: what greedy decoding says; or both",
          ('loglikelihood', 'generate', 'both')),

@@ -194,9 +194,9 @@ def _did_you_mean(name: str, table) -> str:
     """Flags that may be meant: of the same last part, or a name or a help text like it."""
     last = {flag.name: flag.name.rpartition('.')[2] for flag in table}
     word = name.rpartition('.')[2]
-    found = (difflib.get_close_matches(name, last, n=1, cutoff=0.9) or [known for known in last if last[known] == word]
+    same = difflib.get_close_matches(word, last.values(), n=1)
+    found = (difflib.get_close_matches(name, last, n=1, cutoff=0.9) or [known for known in last if last[known] in same]
              or difflib.get_close_matches(name, last, n=1)
-             or [known for known in last if last[known] in difflib.get_close_matches(word, last.values(), n=1)]
              or [flag.name for flag in table if word.replace('_', ' ') in flag.help])
     return f': did you mean {" or ".join(f"--{known}" for known in found[:3])}?' if found else ''
 

@@ -12,7 +12,7 @@
   GET  /ready                  "Ready!\\n", or 503 while programs compile and after the engine has failed
   GET  /                       page.html, to try the model by hand
 
-What stands behind + is added to EasyLM's answer, for every prompt: whether it was too long (input_length) and lost its
+The fields behind + are added to EasyLM's answer, for every prompt: whether it was too long (input_length) and lost its
 beginning, which in /greedy-until can also happen on the way, as the answer grows; and whether the answer ended by
 itself ("stop": EOS or a stop text) or at its limit ("length").
 /loglikelihood refuses a pair that is too long, whose score would be that of another text; rolling takes any length.

@@ -1,4 +1,4 @@
-"""Text in, text or scores out: a batched engine of a few compiled programs.  Before: sampling.py; after: thread.py.
+"""Generate and score text in batches, with a few compiled programs.  Before: sampling.py; after: thread.py.
 
 Requests are sorted by length and cut into batches of `batch_size` rows (dummy rows fill the last one).  Prompts are
 padded on the right to a length bucket, 16 32 64 128 ..., so programs are few and padding is below a factor of two:
@@ -15,7 +15,7 @@ Each is one `jax.shard_map` over ('dp', 'fsdp', 'mp'): rows split over dp and fs
 are compiled ahead of use and kept (`compilations` counts them): a shape seen before, or warmed up, never waits again.
 
 EasyLM's server pads on the left behind one bos, with positions that skip the padding: the sequence is the one we pad on
-the right.  Only for a text without any prefix the padding matters there, and here: see `_first_token`.
+the right.  The padding matters only to a text without any prefix, there and here: see `_first_token`.
 """
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
 from model.llama import hidden_states
 from model.loss import is_likeliest, logits, token_cross_entropy
-from model.partition import BATCH, DTYPES, all_gather, pytree
+from model.partition import BATCH, DTYPES, all_gather, check_rows, pytree
 from model.weights import Llama, partitions
 from serving import beams
 from serving.sampling import choose, row_keys
@@ -166,7 +166,7 @@ class Engine:
                  score_buckets: int = 1):
         check_lengths(input_length, seq_length, config)
         check_beams(do_sample, num_beams)
-        check_batch_size(batch_size, mesh)
+        check_rows(batch_size, mesh, 'batch_size')
         if tokenizer.vocab_size > config.vocab_size:
             raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
                           'they do not belong together (--tokenizer.vocab_file)')
@@ -211,8 +211,8 @@ class Engine:
             else:
                 outputs = self._generate_batch(batch, [first + i for i in chosen], temperature, budget)
             for i, output in zip(chosen, outputs, strict=True):
-                ids, truncated = encoded[i]
-                answers[i] = self._answer(output, len(ids), truncated)
+                (prompt, truncated), (ids, reason) = encoded[i], self._until_eos(output)
+                answers[i] = Generation(self._text(ids), ids, len(prompt), reason, truncated)
             progress(len(chosen))
         return answers
 
@@ -251,7 +251,8 @@ class Engine:
                       progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
         """Score each pair: (log-likelihood of text after prefix in nats, whether greedy decoding would give that text).
 
-        Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.
+        Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.  Greedy
+        decoding chooses no id that only pads the vocabulary, though the likelihoods are those among all ids.
         Several texts of one token after the same prefix cost no more than one of them.  A text of no tokens has
         likelihood 1 and is greedy.  The first token of a text without prefix: see `_first_token`.
         Raises RequestError for a pair longer than seq_length, FloatingPointError for a score that is not finite.
@@ -331,10 +332,6 @@ class Engine:
             raise RequestError(f'prefix_text[{index}] and text[{index}] have {len(before)} (with bos) and {len(after)} '
                                f'tokens: at most {self.seq_length + 1} together (seq_length + 1) can be scored')
         return before, after
-
-    def _answer(self, output: list[int], prompt_tokens: int, truncated: bool) -> Generation:
-        ids, reason = self._until_eos(output)
-        return Generation(self._text(ids), ids, prompt_tokens, reason, truncated)
 
     def _until_eos(self, output: list[int]) -> tuple[list[int], str]:
         """Split off (the tokens before EOS, finish_reason) of one row."""
@@ -529,8 +526,8 @@ class Engine:
     def warm_up(self, programs: tuple[str, ...] = PROGRAMS) -> Iterator[None]:
         """Compile, without running, every program that a request of the named kinds can need; yields after each.
 
-        Of loglikelihood, those for texts of up to SMALLEST_TEXT tokens; longer texts, and rolling ones, compile when
-        they come.
+        loglikelihood compiles for texts of up to SMALLEST_TEXT tokens; programs of longer texts, and of rolling ones,
+        compile when these come.
         """
         B, shape = self.batch_size, jax.ShapeDtypeStruct
         rows = BatchRows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
@@ -608,14 +605,6 @@ def check_lengths(input_length: int, seq_length: int, config: LlamaConfig) -> No
     if seq_length > config.max_sequence_length:
         raise Mistake(f'{seq_length=} is more than the model was made for, {config.max_sequence_length=}: '
                       'lower --seq_length (and --input_length)')
-
-
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise Mistake naming the flags unless every device gets the same number of rows."""
-    replicas = mesh.shape['dp'] * mesh.shape['fsdp']
-    if batch_size % replicas:
-        raise Mistake(f'{batch_size=} must be a multiple of dp*fsdp={replicas}, over which its rows are split: '
-                      'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
 
 
 def check_beams(do_sample: bool, num_beams: int) -> None:

@@ -1,13 +1,13 @@
-"""Several processes (hosts), one server: process 0 answers requests, the others follow.  Before: engine.py.
+"""Serve with several processes (hosts): process 0 answers requests, the others follow.  Before: engine.py.
 
 A program over the devices of all processes runs when every process has started it, so all must make the same calls of
-their engines in the same order.  Process 0 writes each call, a method's name and its arguments as JSON, into the key-
-value store of JAX's coordination service before it makes it; the others read it and make it too.  What a host decides
-on the way (batches, growing caches, refusals) follows from the arguments, from the calls before, and from results that
-every process holds whole (`Engine._shardings`).
+their engines in the same order.  Process 0 writes each call, a method's name and its arguments as JSON, into the
+key-value store of JAX's coordination service before it makes it; the others read it and make it too.  A host's
+decisions on the way (batches, growing caches, refusals) follow from the arguments, from the calls before, and from
+results that every process holds whole (`Engine._shardings`).
 
-It is the store and not a broadcast between devices because a server can be idle for days: devices that wait in a
-collective are busy, and some transports give up after a while.  A call costs two round trips over the network.
+Calls go through the store, not by a broadcast between devices, because a server can be idle for days: devices that
+wait in a collective are busy, and some transports give up after a while.  A call costs two round trips.
 
 Nobody is left behind: start.failing_together ends all when one fails, and JAX when one is gone (process 0: at once;
 another: when its heartbeat has been missing for start.HEARTBEAT_SECONDS).

@@ -135,6 +135,23 @@ def test_the_report_counts_and_lists_the_misclassified():
     assert lines[0] == ('accuracy 66.67%  (2 of 3; 95 % interval 20.77% to 93.85%); '
                         'always the commonest label: 66.67%')
     assert lines[-1].split() == ['Positive', '0', '1', '1']
+    assert [line.split() for line in lines[1:5]] == [
+        ['precision', 'recall', 'F1', 'cases'], ['Negative', '100.0%', '100.0%', '100.0%', '1'],
+        ['Positive', '100.0%', '50.0%', '66.7%', '2'], ['macro', 'F1', '83.3%']]
+
+
+def test_scores_of_each_label_are_those_of_scikit_learn():
+    """12 reviews: one label never occurs, one is never predicted, one prediction is no label.  The figures are those of
+    classification_report of version 1.9.1 for the labels that occur (a share of nothing is 0 there, None here)."""
+    truth = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    said = [0, 0, 1, 4, 1, 1, 0, 0, 1, 1, 0, 0]
+    found = accuracy.label_scores(confusion_matrix(truth, said, 4), ('a', 'b', 'c', 'd'))
+    assert found['per_label'] == {
+        'a': {'precision': 2 / 6, 'recall': 0.5, 'f1': 0.4, 'cases': 4},
+        'b': {'precision': 0.4, 'recall': 2 / 3, 'f1': 0.5, 'cases': 3},
+        'c': {'precision': None, 'recall': 0.0, 'f1': 0.0, 'cases': 5},
+        'd': {'precision': None, 'recall': None, 'f1': None, 'cases': 0}}
+    assert found['macro_f1'] == pytest.approx(0.3)
 
 
 def test_the_picture_shows_every_count(tmp_path, monkeypatch):

@@ -421,7 +421,7 @@ def test_a_client_that_leaves_the_line_is_forgotten(served, engine):
 @pytest.fixture
 def start(monkeypatch):
     """serve.main with flags, up to where it would open the model."""
-    def no_model(config):
+    def no_model(load, compute):
         raise ValueError('reached the model')
 
     monkeypatch.setattr(serve, 'open_model', no_model)

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -310,3 +312,151 @@ def test_native_checkpoint_keeps_a_json_tokenizer_with_its_ids(tmp_path):
     native.save(tmp_path, 1, {}, meta, files, keep=1)
     source = checkpoint.open(str(tmp_path))
     assert source.tokenizer.fingerprint == tokenizer.fingerprint and source.template is None
+
+
+# ---------------------------------------------------------------- a run that writes and deletes meanwhile
+
+
+def save_step(directory, step, keep_every=0):
+    """Saves a checkpoint every part of which says `step`, and deletes the others: what a run does with keep=1."""
+    config = LlamaConfig(8, 8, 16, 2, 2, max_sequence_length=step)
+    bpe = dict(type='BPE', vocab={'a': 0, 'b': 1, f'c{step}': 2}, merges=[])
+    tokenizer = tokenizer_from_json(json.dumps(dict(version='1.0', added_tokens=[], model=bpe)), 2, 1, 0)
+    meta, files = checkpoint.source.describe(config, tokenizer, PromptTemplate(labels=(f'no{step}', 'yes')))
+    arrays = {f'params.{spec.name}': native.Streamed(spec.shape, np.dtype(np.float32), spec.shape[0],
+                                                     iter([np.full(spec.shape, step, np.float32)]))
+              for spec in jax.tree.leaves(weight_specs(config))}
+    native.save(directory, step, arrays, meta, files, keep=1, keep_every=keep_every)
+
+
+def value(arrays):
+    """The one number that all of them hold."""
+    found, = {float(number) for array in arrays for number in np.unique(np.asarray(array))}
+    return found
+
+
+def weights(source):
+    mesh = make_mesh('1,1,1', jax.devices()[:1])
+    return value(jax.tree.leaves(source.load_params(source.config, mesh)))
+
+
+READS = {
+    'config': lambda source: source.config.max_sequence_length,
+    'tokenizer': lambda source: int(list(json.loads(source.tokenizer.source_bytes)['model']['vocab'])[2][1:]),
+    'template': lambda source: int(source.template.labels[0][2:]),
+    'step': lambda source: source.step,
+    'load_params': weights,
+    'reader': lambda source: value([source.reader(source.config).tensor('layers.w_q', 1)]),
+}
+IN_MEMORY = ('config', 'template', 'step')  # once it is open
+
+
+@pytest.mark.parametrize('reads', [[read, *READS] for read in READS] + [[*READS]], ids=lambda reads: reads[0])
+def test_what_is_read_after_a_newer_step_was_saved_is_of_the_step_that_was_opened(tmp_path, reads):
+    """Between open and any read the run saves step 2 and deletes 1: all is of step 1 or one line says it is gone."""
+    save_step(tmp_path, 1)
+    source = checkpoint.open(str(tmp_path))
+    save_step(tmp_path, 2)
+    for read in reads:
+        if read in IN_MEMORY:
+            assert READS[read](source) == 1
+        else:
+            with pytest.raises(Mistake, match='step_00000001 was deleted while it was read.* --checkpointer.keep'):
+                READS[read](source)
+    assert {name: read(checkpoint.open(str(tmp_path))) for name, read in READS.items()} == dict.fromkeys(READS, 2)
+
+
+def test_the_newest_step_is_looked_for_again_when_it_goes_before_it_is_opened(tmp_path, monkeypatch):
+    """Listed: 10, a milestone, and 11; then 12 is saved and 11 deleted.  12 is opened, and not the older milestone."""
+    save_step(tmp_path, 10, keep_every=10)
+    save_step(tmp_path, 11, keep_every=10)
+    complete = native._complete
+
+    def once(path):
+        monkeypatch.setattr(native, '_complete', complete)
+        save_step(tmp_path, 12, keep_every=10)
+        return complete(path)
+
+    monkeypatch.setattr(native, '_complete', once)
+    source = checkpoint.open(str(tmp_path))
+    assert native.steps(tmp_path) == [10, 12]
+    assert {name: read(source) for name, read in READS.items()} == dict.fromkeys(READS, 12)
+
+
+@pytest.mark.parametrize('read, after', [('reader', 1), ('load_params', 1), ('load_params', 2), ('load_params', 24)])
+def test_arrays_that_go_after_they_were_verified_are_not_read_as_zeros(tmp_path, monkeypatch, read, after):
+    """tensorstore fills a chunk that is missing with zeros unless told otherwise."""
+    save_step(tmp_path, 1)
+    source, verify, calls = checkpoint.open(str(tmp_path)), native._verify, []
+
+    def then_gone(*args):
+        verify(*args)
+        calls.append(args)
+        if len(calls) == after:  # two calls for each of the 12 arrays
+            save_step(tmp_path, 2)
+
+    monkeypatch.setattr(native, '_verify', then_gone)
+    with pytest.raises(Mistake, match='step_00000001 was deleted while it was read'):
+        READS[read](source)
+
+
+def test_a_run_that_saves_all_the_time_is_read_step_by_step(tmp_path):
+    """A thread saves one step after the other with keep=1; whatever is read meanwhile is all of one step.
+
+    The pauses grow until every reader loses the race, so that each read is once the one that comes too late.
+    """
+    done, seen, gone = threading.Event(), set(), 0
+    save_step(tmp_path, 1)
+
+    def save_on():
+        step = 2
+        while not done.is_set():
+            save_step(tmp_path, step)
+            step += 1
+
+    thread = threading.Thread(target=save_on)
+    thread.start()
+    try:
+        while gone < 5:
+            assert thread.is_alive()
+            source, found = checkpoint.open(str(tmp_path)), set()
+            try:
+                for read in READS.values():
+                    time.sleep(0.002 * gone + 0.001 * len(seen))
+                    found.add(read(source))
+                seen |= found
+            except Mistake as error:
+                assert 'was deleted while it was read' in str(error)
+                gone += 1
+            assert found <= {source.step}
+    finally:
+        done.set()
+        thread.join()
+    assert seen
+
+
+# ---------------------------------------------------------------- slips
+
+
+@pytest.mark.parametrize('file, hint', [
+    ('model.gguf', 'gguf::{}/model.gguf'), ('model.safetensors', 'hf::{}'), ('config.json', 'hf::{}'),
+    ('streaming_params', 'params::{}/streaming_params'),
+    ('streaming_train_state', 'trainstate::{}/streaming_train_state')])
+def test_a_directory_with_a_foreign_model_is_answered_with_its_spelling(tmp_path, file, hint):
+    """--load_checkpoint=DIR where DIR holds a .gguf, as fetch.py leaves it: the message spells TYPE::PATH."""
+    (tmp_path / file).write_bytes(b'')
+    with pytest.raises(Mistake) as error:
+        checkpoint.open(str(tmp_path))
+    assert str(error.value).endswith(f'--load_checkpoint={hint.format(tmp_path)}')
+
+
+def test_the_position_in_the_data_is_that_of_a_run(tmp_path):
+    """--load_dataset_state of what convert.py wrote, or of no checkpoint: one line with that flag, not KeyError."""
+    native.save(tmp_path / 'run', 1, {}, dict(flags=dict(a=1), data=dict(b=2)), {}, keep=1)
+    assert checkpoint.source.read_run(str(tmp_path / 'run')) == (dict(a=1), dict(b=2))
+    save_step(tmp_path / 'converted', 7)
+    with pytest.raises(Mistake, match='^load_dataset_state=.*was not written by train.py.*dataset.json of the run'):
+        checkpoint.source.read_run(str(tmp_path / 'converted'))
+    (tmp_path / 'model.gguf').write_bytes(b'')
+    with pytest.raises(Mistake, match='^load_dataset_state=.*holds no complete checkpoint'):
+        checkpoint.source.read_run(str(tmp_path))

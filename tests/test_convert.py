@@ -151,10 +151,11 @@ def test_mistakes_name_the_flag_and_write_nothing(golden, tmp_path, monkeypatch,
 
 MEASURED = '''
 import sys, pathlib
-import convert, flags
+import convert
 from checkpoint.formats import easylm_writer
 from checkpoint.formats import gguf
 from checkpoint.formats import huggingface_writer
+from program import flags, parse
 status = lambda: {line.split(':')[0]: line.split()[1] for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = int(status()['VmRSS'])
@@ -190,7 +191,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         sizes = [f'--load_llama_config=json::{tmp_path}/easylm/llama_config.json'] if source == 'easylm' else []
         done = subprocess.run([sys.executable, '-c', MEASURED, f'--load_checkpoint={spec}', f'--format={target}',
                                f'--output={tmp_path / "new"}', *sizes], capture_output=True, text=True,
-                              env=os.environ | dict(PYTHONPATH=str(flags.__file__.rpartition('/')[0]),
+                              env=os.environ | dict(PYTHONPATH=convert.__file__.rpartition('/')[0],
                                                     JAX_PLATFORMS='none'))
         assert done.returncode == 0, done.stderr
         peaks[f'{source} -> {target}'] = int(done.stdout.split('PEAK ')[1]) / largest

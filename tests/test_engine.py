@@ -481,7 +481,7 @@ def test_progress_counts_every_prompt_once(engine):
     (dict(input_length=16, seq_length=16), 'input_length=16 must be at least 2 and less than seq_length=16'),
     (dict(input_length=1), 'input_length=1 must be'),
     (dict(seq_length=129), 'seq_length=129 is more than the model was made for, config.max_sequence_length=128'),
-    (dict(mesh_dim='1,2,1', batch_size=3), 'batch_size=3 must be a multiple of dp.fsdp=2.*--lm_server.batch_size'),
+    (dict(mesh_dim='1,2,1', batch_size=3), 'batch_size=3 must be divisible by dp.fsdp=2.*--mesh_dim'),
     (dict(num_beams=2), 'num_beams=2 searches and does not draw, but do_sample=True: add --do_sample=False'),
 ])
 def test_flags_that_cannot_go_together_are_refused(make, values, message):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from hosts import start
-from program import flags, parse
+from program import flags, parse, settings
 from program import model as program
 
 
@@ -68,7 +68,8 @@ def test_a_host_of_a_slice_that_was_started_alone_is_refused(monkeypatch):
     """On one host of many JAX counts all, but nobody has called them together."""
     monkeypatch.setattr(jax, 'process_count', lambda: 4)
     with pytest.raises(ValueError, match='one of 4 hosts of a slice: start the program on all of them with --jax_dist'):
-        program.open_model(parse.parse(['serve.py'], flags.SERVE, ''))
+        given = parse.parse(['serve.py'], flags.SERVE, '')
+        program.open_model(settings.read_load(given), settings.read_compute(given))
 
 
 def test_flags_of_another_process_are_compared_by_name(monkeypatch):

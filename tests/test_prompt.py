@@ -20,6 +20,21 @@ def test_record_is_prompt_then_answer():
     assert template.answer(2) == '\tmaybe'
 
 
+def test_a_task_writes_its_own_template():
+    """A literal backslash-n is a line's end, other braces are text; the labels are kept."""
+    written = PromptTemplate.written(r'Ticket {no}: {text}\nTeam:', ('a', 'b'))
+    assert written == PromptTemplate('Ticket {no}: ', '\nTeam:', ' ', ('a', 'b'))
+    assert written.record('x', 1) == 'Ticket {no}: x\nTeam: b'
+
+
+@pytest.mark.parametrize('template, message', [
+    ('Ticket:', 'exactly once'), ('{text} {text}:', 'exactly once'), ('', 'exactly once'),
+    ('Ticket: {text} Team: ', 'ends in a blank')])
+def test_a_template_without_one_place_for_the_text_is_refused(template, message):
+    with pytest.raises(ValueError, match=message):
+        PromptTemplate.written(template, ('a', 'b'))
+
+
 def test_template_survives_json():
     """from_dict(to_dict) is the same template, by value and by hash."""
     template = PromptTemplate(prefix='Q: ', labels=('no', 'yes'))

@@ -66,7 +66,7 @@ class Engine:
             time.sleep(600)  # as it would in a program that the other never starts
         return [Generation(prompt, [], 1, 'stop', False) for prompt in prompts]
 
-serve.open_model = lambda config: SimpleNamespace(template=None)
+serve.open_model = lambda load, compute: SimpleNamespace(template=None)
 serve.load_engine = lambda config, model: Engine()
 parse.run(serve.main, flags.SERVE)
 """

@@ -11,10 +11,10 @@ import pytest
 
 from instruments.kernel_time import static_times
 from instruments.tpu import hlo, interconnect, operations
+from instruments.tpu.chips import CHIPS
 from instruments.tpu.collectives import Collective, collectives
 from instruments.tpu.estimate import Estimate, estimate
 from instruments.tpu.step_cost import step_cost
-from kernels.chips import CHIPS
 from training.state import abstract_batch, abstract_state
 
 V5E = CHIPS['v5e']

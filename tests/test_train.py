@@ -82,7 +82,7 @@ def test_resume_equals_uninterrupted(golden, tmp_path):
     assert a == b and len(a) == 5
     names = native.Step(tmp_path / 'whole', 5).arrays
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = lambda entry: jax.ShapeDtypeStruct(entry['shape'], entry['dtype'], sharding=device)
+    target = lambda entry: jax.ShapeDtypeStruct(*entry, sharding=device)
     a, b = (native.Step(tmp_path / name, 5).restore({key: target(entry) for key, entry in names.items()})
             for name in ('whole', 'parts'))
     assert len(names) == 3 * 12 + 2 + 12

@@ -97,7 +97,7 @@ class Reader:
         self.names = {key.removeprefix(root) for key in self.keys if key.startswith(root)}
 
     def under(self, root: str) -> 'Reader':
-        """The same file, read for the tensors shaped like the weights whose keys begin with `root`, as momenta are."""
+        """Return a Reader of the tensors that lie below `root` shaped like the weights, as momenta do."""
         other = copy.copy(self)
         other._set_root(root)
         return other
@@ -118,7 +118,7 @@ class Reader:
         return shape[::-1] if name == 'head' else shape
 
     def array(self, key: str, bounds: Bounds = None) -> np.ndarray:
-        """What lies under a key of the file (joined with '/'), as stored, or the part of it within `bounds`."""
+        """Read the array under a key of the file (joined with '/'), as stored, or the part of it within `bounds`."""
         if key not in self.keys:
             raise Mistake(f'{self.path}: no tensor {key!r}')
         if self._entries:

@@ -33,7 +33,7 @@ from instruments.bench.cases import Case, inputs, ours, takes, with_gradient
 from instruments.bench.shapes import AttentionShape, DecodeShape
 from instruments.bench.timing import attached_chip, static_row, wall_clock_row
 from instruments.sources import digest, version
-from kernels import chips
+from instruments.tpu import chips
 from kernels.reference import attention, decode_attention
 from mistake import Mistake
 
@@ -42,8 +42,9 @@ KERNELS = ['ours', *anchors.ATTENTION, *anchors.DECODE]
 PASSES = ['forward', 'backward']
 OURS = ('kernels/flash_attention.py', 'kernels/tiles.py', 'kernels/decode_attention.py', 'kernels/decode_walk.py')
 TUNED = 'kernels/tuned.py', 'kernels/tuned_tiles.json'
-TIMED_BY = ('kernels/chips.py', 'kernels/reference.py', 'instruments/tpu', 'instruments/kernel_time',
-            'instruments/bench/cases.py', 'instruments/bench/shapes.py', 'instruments/bench/timing.py')
+TIMED_BY = ('kernels/reference.py', 'instruments/tpu', 'instruments/kernel_time',
+            'instruments/bench/caches.py', 'instruments/bench/cases.py', 'instruments/bench/shapes.py',
+            'instruments/bench/timing.py')
 MOST_ERROR = 0.01  # relative RMS; bfloat16 attention is at 0.002 to 0.004, a wrong mask or scale at 0.05 and more
 
 

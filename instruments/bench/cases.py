@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from instruments.bench import shapes
+from instruments.bench import caches, shapes
 from instruments.bench.shapes import AttentionShape, DecodeShape
 from kernels import decode_attention as decode
 from kernels.flash_attention import flash_attention
@@ -48,10 +48,10 @@ def ours(shape: AttentionShape | DecodeShape, backward: bool, interpret=False, t
     lengths_B, options = shapes.lengths(shape), dict(kv_heads=shape.K, scale=scale, tiles=tiles, interpret=interpret)
     if not shape.page:
         return Case(lambda q, k, v, lengths_B: decode.decode_attention(q, k, v, lengths_B, **options),
-                    arrange=lambda q, k, v: (q, decode.make_cache(k), decode.make_cache(v)), integers=(lengths_B,))
+                    arrange=lambda q, k, v: (q, caches.make_cache(k), caches.make_cache(v)), integers=(lengths_B,))
     table_BP = shapes.page_table(shape)
     return Case(lambda q, pages, *integers: decode.paged_decode_attention(q, pages, *integers, **options),
-                arrange=lambda q, k, v: (q, decode.make_pages(k, v, table_BP, shape.page)),
+                arrange=lambda q, k, v: (q, caches.make_pages(k, v, table_BP, shape.page)),
                 integers=(table_BP, lengths_B))
 
 

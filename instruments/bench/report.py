@@ -1,7 +1,7 @@
 """Write the benchmark's rows as a line, as a Markdown table and as a roofline."""
 import pathlib
 
-from kernels import chips
+from instruments.tpu import chips
 from mistake import Mistake
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from instruments.bench.cases import Case, abstract_inputs, inputs
 from instruments.kernel_time.static_cost import static_time
+from instruments.tpu import chips
 from instruments.tpu.step_cost import step_cost
-from kernels import chips
 from mistake import Mistake
 
 

@@ -27,9 +27,9 @@ import numpy as np
 
 from instruments.kernel_time import schedule
 from instruments.kernel_time.tables import scalar_tables
+from instruments.tpu import chips
 from instruments.tpu.compile import Compiled, compile_for, mesh, prepare
 from instruments.tpu.step_cost import StepCost, step_cost
-from kernels import chips
 
 LATENCY = 600e-9  # seconds from the last byte of a DMA to its semaphore; assumed
 SLOTS = ('MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'FILL', 'VSTORE', 'SPILL', 'SALU')  # of the utilization file

@@ -12,7 +12,7 @@ from instruments.planning import one_mesh, search, table
 from instruments.planning.one_mesh import Setting
 from instruments.planning.out_of_memory import out_of_memory, usable_hbm
 from instruments.planning.units import gib
-from kernels import chips
+from instruments.tpu import chips
 from mistake import Mistake
 from training.state import abstract_batch
 

@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instruments.planning.one_mesh import MeshPlan, device_bytes, from_compiled, needed_bytes, refused, with_verdict
-from kernels.chips import Chip
+from instruments.tpu.chips import Chip
 from model.config import Compute, LlamaConfig
-from model.partition import DTYPES
+from model.partition import DTYPES, check_rows
 from model.weights import abstract_params
-from serving.engine import Engine, Rows, check_batch_size
+from serving.engine import BatchRows, Engine
 
 
 class Vocabulary(NamedTuple):
@@ -31,14 +31,14 @@ def plan_decoding(sizes: LlamaConfig, compute: Compute, mesh: Mesh, mesh_dim: st
     These are prefill, grow (which holds the short cache and the long one) and decode.  Memory is that of the hungriest,
     the time that of a token of decode.
     """
-    check_batch_size(batch_size, mesh)
+    check_rows(batch_size, mesh, 'batch_size')
     dtype, spec = DTYPES[compute.dtype], jax.ShapeDtypeStruct
     weights = jax.tree.map(lambda x: spec(x.shape, dtype, sharding=x.sharding), abstract_params(sizes, mesh))
     engine = Engine(None, sizes, compute, Vocabulary(sizes.vocab_size, sizes.bos_token_id, sizes.eos_token_id), mesh,
                     batch_size=batch_size, input_length=seq_length // 2, seq_length=seq_length)
     parts = dict(parameters=device_bytes(weights))
     plan = MeshPlan(mesh_dim, batch_size, seq_length, 1, '', parts, batch_size, fits=True, usable=usable)
-    rows = Rows(*(spec((batch_size,), x) for x in (np.int32, np.uint32, np.float32, bool)))
+    rows = BatchRows(*(spec((batch_size,), x) for x in (np.int32, np.uint32, np.float32, bool)))
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):

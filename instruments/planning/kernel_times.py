@@ -2,7 +2,7 @@
 from data.batches import Batch
 from instruments.kernel_time.static_times import flash_times
 from instruments.planning.one_mesh import Setting
-from kernels.chips import Chip
+from instruments.tpu.chips import Chip
 from model.partition import DTYPES, rows_unit
 
 

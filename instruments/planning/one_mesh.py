@@ -30,9 +30,9 @@ from jax.sharding import Mesh
 from data.batches import Batch
 from instruments.planning.out_of_memory import out_of_memory
 from instruments.planning.units import gib
+from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import bytes_by_axis, collectives
 from instruments.tpu.estimate import Estimate, estimate
-from kernels.chips import Chip
 from model.config import Compute, LlamaConfig
 from model.partition import AXES, BATCH
 from model.weights import abstract_params, partitions

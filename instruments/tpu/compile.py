@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels import chips
+from instruments.tpu import chips
 from mistake import Mistake
 
 # there is no TPU and no metadata server to ask; several compiling processes do not harm each other

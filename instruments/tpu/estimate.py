@@ -24,9 +24,9 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from instruments.tpu import hlo, interconnect, operations
+from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import CHAIN, bytes_by_axis, collectives, device_groups, of_instruction
 from instruments.tpu.step_cost import estimated_cycles, is_kernel
-from kernels.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

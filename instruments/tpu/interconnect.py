@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import Collective
-from kernels.chips import Chip
 
 HOP = 1e-6  # seconds of a hop over a link, whatever is sent
 
