@@ -21,14 +21,13 @@ import time
 
 import jax
 import uvicorn
-from checkpoint.load import read_tokenizer
 
 from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
 from model.partition import check_rows
-from program import flags, parse
+from program import flags, parse, settings
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
 from serving.engine import PROGRAMS, Engine, check_beams, check_lengths
@@ -42,8 +41,9 @@ def main(config) -> None:
     options = options_of(config.lm_server)
     check_beams(config.do_sample, config.num_beams)
     start_processes(config)
+    load, compute = settings.read_load(config), settings.read_compute(config)
     if processes.index() > 0:
-        return follow(load_engine(config, open_model(config)), warm_up, CallLine())
+        return follow(load_engine(config, open_model(load, compute)), warm_up, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
@@ -53,7 +53,7 @@ def main(config) -> None:
         print(f'WARNING: {host} is not a loopback address and there is no authentication: everyone who can reach '
               f'{host}:{port} can use this model. --lm_server.host=127.0.0.1 serves this computer alone.', flush=True)
     with listener:
-        model = open_model(config)
+        model = open_model(load, compute)
         engine = load_engine(config, model)
         started = time.monotonic()
         line = CallLine() if processes.count() > 1 else None
@@ -145,7 +145,7 @@ def load_engine(config, model: Model) -> Engine:
     spec, path = config.load_checkpoint, config.tokenizer.vocab_file
     if not spec:
         raise Mistake('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
-    own = read_tokenizer(spec)
+    own = model.source.tokenizer
     if own is not None and own.fingerprint != model.tokenizer.fingerprint:
         raise Mistake(f'tokenizer.vocab_file={path!r} is not the tokenizer that load_checkpoint={spec!r} was made '
                          'with and holds: leave --tokenizer.vocab_file away')
@@ -155,7 +155,7 @@ def load_engine(config, model: Model) -> Engine:
     check_rows(config.lm_server.batch_size, model.mesh, 'lm_server.batch_size')
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
-    params = jax.block_until_ready(model.load_params(spec, config.seed))
+    params = jax.block_until_ready(model.load_params(config.seed))
     print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
     return Engine(params, model.config, model.compute, model.tokenizer, model.mesh,
                   batch_size=config.lm_server.batch_size, input_length=config.input_length,
