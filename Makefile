@@ -1,14 +1,5 @@
-# make quickstart        fetch, measure, fine-tune on 1,024 reviews, measure again
-# make quickstart-full   the same with one epoch of all 8,485 training reviews
-# make test              all tests
-# make test-long         the tests that take about a minute each (two processes train, the curve on more meshes, kernels)
-# make test-oracle       what we write, read by transformers itself (installs torch)
-# make test-tpu          the kernels through the TPU compiler, without a TPU (installs libtpu, 700 MB)
-# make compile-tpu       every kernel at every shape for v4, v5e, v5p and v6e
-# make benchmark-tpu     the table of the kernels' static times: hours
-# make benchmark-cpu     seconds a training step beside a torch loop (installs torch)
-# make lint              ruff
-# Each target sets up what it needs: a virtual environment in .venv with the exact versions of constraints.txt.
+# make help says what there is.  Each target sets up what it needs: a virtual environment in .venv with the exact
+# versions of constraints.txt, and what it fetches in ~/.cache/pallama (or $PALLAMA_CACHE).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +8,12 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: quickstart quickstart-full test test-long test-oracle test-tpu compile-tpu benchmark-tpu benchmark-cpu lint model assets
+.PHONY: help quickstart quickstart-full test test-long test-oracle test-tpu compile-tpu benchmark-tpu benchmark-cpu lint figures readme model assets
+
+help:  ## this list
+	@sed -n 's/^\([a-z -]*\):.*## *\(.*\)/  make \1#\2/p' Makefile | \
+	  while IFS='#' read -r target text; do printf '%-26s%s\n' "$$target" "$$text"; done
+	@echo 'PYTHON=python3.13 VENV=.venv313 take another Python; RUNS=DIRECTORY takes the place of runs/.'
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	@echo "== installing the extra '$*' into $(VENV) (a minute or two the first time)"
@@ -37,32 +33,42 @@ assets: model
 
 # XLA's other library for matrix products on the CPU: about a tenth faster here than its default (LOG.md)
 quickstart quickstart-full: export XLA_FLAGS := --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT
-quickstart quickstart-full: assets
-	PYTHON=$(BIN)/python RUN=$(RUNS)/$@ MODEL='$(MODEL)' REVIEWS='$(REVIEWS)' RECIPE=configs/$(subst -,_,$@).py \
-	  sh quickstart.sh $(if $(filter quickstart,$@),--sample_size=1024)
+quickstart: assets  ## fetch, measure, fine-tune on 1,024 reviews, measure again
+	PYTHON=$(BIN)/python RUN=$(RUNS)/quickstart MODEL='$(MODEL)' REVIEWS='$(REVIEWS)' RECIPE=configs/quickstart.py \
+	  GO_ON='make quickstart' sh quickstart.sh --sample_size=1024
 
-test: $(VENV)/installed-test model
+quickstart-full: assets  ## the same with one epoch of all 8,485 training reviews
+	PYTHON=$(BIN)/python RUN=$(RUNS)/quickstart-full MODEL='$(MODEL)' REVIEWS='$(REVIEWS)' RECIPE=configs/quickstart_full.py \
+	  GO_ON='make quickstart-full' sh quickstart.sh
+
+test: $(VENV)/installed-test model  ## the tests, but for those of the three targets below
 	@echo "== running the tests, one process a core"
 	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
-test-long: $(VENV)/installed-test
+test-long: $(VENV)/installed-test  ## those of about a minute each: two processes train, the curve on more meshes, kernels
 	$(BIN)/python -m pytest -m long -n auto --maxprocesses=8
 
-test-oracle: $(VENV)/installed-oracle
+test-oracle: $(VENV)/installed-oracle  ## what we write, read by transformers itself (installs torch)
 	@echo "== running the tests against transformers"
 	$(BIN)/python -m pytest -m oracle tests/test_transformers.py
 
-test-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
+test-tpu: $(VENV)/installed-test $(VENV)/installed-tpu  ## kernels and steps through the TPU compiler, without a TPU (installs libtpu, 700 MB)
 	$(BIN)/python -m pytest -m libtpu
 
-compile-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
+readme: $(VENV)/installed-test  ## run every command that README.md, BUILD.md and docs/ print, in a bare clone of HEAD
+	$(BIN)/python -m instruments.documents.commands
+
+lint: $(VENV)/installed-test  ## ruff
+	$(BIN)/ruff check .
+
+figures: $(VENV)/installed-test  ## write the tables of the documents from docs/figures/*.json
+	$(BIN)/python -m instruments.documents.figures
+
+compile-tpu: $(VENV)/installed-test $(VENV)/installed-tpu  ## every kernel at every shape for v4, v5e, v5p and v6e
 	$(BIN)/python -m instruments.bench.compile_all --target=v4,v5e,v5p,v6e
 
-benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu
+benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu  ## the table of the kernels' static times: hours
 	$(BIN)/python -m instruments.bench.attention --target=v5e,v6e
 
-benchmark-cpu: $(VENV)/installed-oracle
+benchmark-cpu: $(VENV)/installed-oracle  ## seconds a training step beside a torch loop (installs torch)
 	$(BIN)/python -m instruments.bench.cpu_training --variant=ynn:--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT --output=$(RUNS)/benchmark_cpu.json
-
-lint: $(VENV)/installed-test
-	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from checkpoint.load import read_template
+from checkpoint import Source
 from data.labelled import Example, Labels, parse_labels, read_labelled, read_prepared
 from data.parts import sample
 from data.prompt import PromptTemplate
@@ -34,10 +34,10 @@ from data.tokenizer import load_tokenizer
 from evaluation import accuracy
 from evaluation.client import Server
 from hosts import processes
-from hosts.start import failing_together
+from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from program import flags
-from program.model import describe, open_model
+from program import flags, parse, settings
+from program.model import describe, open_model, open_source
 from serving.engine import Engine
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
@@ -58,13 +58,16 @@ class Asked(NamedTuple):
 @failing_together()
 def main(config) -> None:
     output = output_directory(config)
-    files, examples, template = read_input(config)
+    start_processes(config)
+    load = settings.read_load(config)
+    source = open_source(load)
+    files, examples, template = read_input(config, source)
     if config.sample_size:
         examples = sample(examples, size=config.sample_size, seed=config.seed)
     before = read_before(config.before, examples, template, methods(config)) if config.before else None
     shown = ([Example(row['text'], template.labels.index(row['label'])) for row in before['samples']] if before
              else examples[:config.samples])
-    asked = open_server(config) if config.url else open_engine(config, template, examples + shown)
+    asked = open_server(config) if config.url else open_engine(config, template, examples + shown, source)
     result = evaluate(asked, examples, shown, template, methods(config), config.max_new_tokens, config.sample_tokens)
     if processes.index() > 0:
         return  # every process asks the engine, process 0 says what came of it
@@ -92,23 +95,20 @@ def output_directory(config) -> Path:
     """Where to write; also refuses flags that cannot go together, before any work."""
     if bool(config.url) == bool(config.load_checkpoint):
         raise Mistake(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
-    for name, least in (('samples', 0), ('sample_tokens', 1), ('max_new_tokens', 1), ('batch_size', 1)):
-        if config[name] < least:
-            raise Mistake(f'{name}={config[name]} must be at least {least}')
     output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
     if (output / 'evaluation.json').exists():
         raise Mistake(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')
     return output
 
 
-def read_input(config) -> tuple[list[Path], list[Example], PromptTemplate]:
-    """The files, the examples in them, and the template to ask with.
+def read_input(config, source: Source | None) -> tuple[list[Path], list[Example], PromptTemplate]:
+    """Read the files, the examples in them, and the template to ask with.
 
     The template is the checkpoint's, and what the flag `labels` or the labels_NAME.json of a prepared file say must
     agree with it.  Without a checkpoint that has one it is that of labels_NAME.json, else the article's with the labels
     that are named or stand in the data.
     """
-    stored = read_template(config.load_checkpoint) if config.load_checkpoint else None
+    stored = source and source.template
     labels = parse_labels(config.labels) if config.labels else None
     trained = stored and f'load_checkpoint={config.load_checkpoint!r} was trained to answer {",".join(stored.labels)}'
     if stored and labels and stored.labels != labels.names:
@@ -157,9 +157,9 @@ def open_server(config) -> Asked:
     return Asked(server.loglikelihood, lambda prompts, tokens, progress: server.generate(prompts, progress), encode)
 
 
-def open_engine(config, template: PromptTemplate, examples: list[Example]) -> Asked:
+def open_engine(config, template: PromptTemplate, examples: list[Example], source: Source | None = None) -> Asked:
     """An engine of the checkpoint with room for the longest of `examples`."""
-    model = open_model(config)
+    model = open_model(settings.read_load(config), settings.read_compute(config), source)
     encode, most = model.tokenizer.encode, model.config.max_sequence_length
     lengths = [len(encode(template.prompt(example.text))) + 1 for example in examples]  # and bos
     answer = max(len(encode(template.answer(label))) for label in range(len(template.labels)))
@@ -169,7 +169,7 @@ def open_engine(config, template: PromptTemplate, examples: list[Example]) -> As
         raise Mistake(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
                          f'{most}: leave it out, or lower --sample_tokens')
     print(f'{config.load_checkpoint}: {describe(model)}')
-    params = model.load_params(config.load_checkpoint, config.seed)
+    params = model.load_params(config.seed)
     engine = Engine(params, model.config, model.compute, model.tokenizer, model.mesh, batch_size=config.batch_size,
                     input_length=max(lengths), seq_length=max(lengths) + new, add_bos_token=model.add_bos_token,
                     seed=config.seed, score_buckets=4)
@@ -260,11 +260,10 @@ def change_text(now: dict, before: dict) -> str:
             f'{became_right} became right, {became_wrong} became wrong')
 
 
-
 def versions() -> dict[str, str]:
     found = {dist.metadata['Name']: dist.version for dist in importlib.metadata.distributions()}
     return {'python': platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.EVALUATE)
+    parse.run(main, flags.EVALUATE)

@@ -1,4 +1,4 @@
-"""Fetches the models and the labelled set of the examples, by name, into a cache; none of them is in the repository.
+"""Fetch the models and the labelled set of the examples, by name, into a cache; none of them is in the repository.
 
     python fetch.py --list=True
     python fetch.py --name=smollm2-135m-instruct
@@ -8,12 +8,12 @@ Every other program understands these names wherever it takes a path.  program/a
 """
 from pathlib import Path
 
-from program import flags
-from program.assets import ASSETS, fetch
+from program import flags, parse
+from program.assets import ASSETS, cache_directory, fetch
 
 
 def main(config) -> None:
-    cache = Path(config.cache_dir) if config.cache_dir else flags.cache_directory()
+    cache = Path(config.cache_dir) if config.cache_dir else cache_directory()
     if config.list or not config.name:
         for name, asset in ASSETS.items():
             state = 'fetched' if (cache / name).exists() else 'not fetched'
@@ -25,4 +25,4 @@ def main(config) -> None:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.ASSETS)
+    parse.run(main, flags.ASSETS)

@@ -27,7 +27,7 @@ from data.parts import part, sample
 from data.prompt import PromptTemplate
 from data.tables import labelled_files
 from mistake import Mistake
-from program import flags
+from program import flags, parse
 
 
 def main(config) -> None:
@@ -165,4 +165,4 @@ def write_all(output: Path, contents: dict[str, str], overwrite: bool) -> None:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.PREPARE)
+    parse.run(main, flags.PREPARE)

@@ -1,7 +1,7 @@
 """Serves a model over HTTP, as EasyLM's server: /generate, /greedy-until, /chat, /loglikelihood,
 /loglikelihood-rolling, /ready (serving/api.py has the formats), and a page to try it by hand.
 
-  python serve.py --load_checkpoint=/tmp/pallama/checkpoints --input_length=1024 --seq_length=1152
+  python serve.py --load_checkpoint=runs/tuned --input_length=1024 --seq_length=1152
   python serve.py --load_llama_config=3b --load_checkpoint=params::PATH --tokenizer.vocab_file=tokenizer.model
 
 Ctrl-C or SIGTERM finishes the requests that are running or waiting and ends with exit code 0; exit code 1 says that the
@@ -21,17 +21,18 @@ import time
 
 import jax
 import uvicorn
-
 from checkpoint.load import read_tokenizer
+
 from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from program import flags
+from model.partition import check_rows
+from program import flags, parse
 from program.model import Model, describe, open_model
-from serving.api import MAX_TEMPERATURE, Options, make_app
-from serving.engine import PROGRAMS, Engine, check_batch_size, check_lengths, check_sampling
-from serving.followers import Line, follow
+from serving.api import Options, make_app
+from serving.engine import PROGRAMS, Engine, check_beams, check_lengths
+from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
 
@@ -39,10 +40,10 @@ from serving.thread import EngineThread
 def main(config) -> None:
     warm_up = programs_of(config.lm_server.pre_compile)
     options = options_of(config.lm_server)
-    check_sampling(config.top_k, config.top_p, config.do_sample, config.num_beams)
+    check_beams(config.do_sample, config.num_beams)
     start_processes(config)
     if processes.index() > 0:
-        return follow(load_engine(config, open_model(config)), warm_up, Line())
+        return follow(load_engine(config, open_model(config)), warm_up, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
@@ -55,7 +56,8 @@ def main(config) -> None:
         model = open_model(config)
         engine = load_engine(config, model)
         started = time.monotonic()
-        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, Line() if processes.count() > 1 else None)
+        line = CallLine() if processes.count() > 1 else None
+        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, line)
         server = uvicorn.Server(uvicorn.Config(make_app(thread, options), log_level='warning', access_log=False,
                                                http='h11', lifespan='off', server_header=False, limit_concurrency=512))
 
@@ -91,13 +93,7 @@ def programs_of(pre_compile: str) -> tuple[str, ...]:
 
 
 def options_of(lm_server) -> Options:
-    """The flags of the HTTP side, checked."""
-    if not 0 <= lm_server.default_temperature <= MAX_TEMPERATURE:
-        raise Mistake(f'lm_server.default_temperature={lm_server.default_temperature} must be from 0 (greedy) to '
-                         f'{MAX_TEMPERATURE:g}')
-    for name, least in (('max_body_bytes', 1), ('queue_size', 0), ('greedy_until_max_length', 1)):
-        if lm_server[name] < least:
-            raise Mistake(f'lm_server.{name}={lm_server[name]} must be at least {least}')
+    """Take the flags of the HTTP side."""
     names = {field.name for field in dataclasses.fields(Options)}
     return Options(**{name: value for name, value in lm_server.items() if name in names})
 
@@ -110,8 +106,6 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises Mistake naming --lm_server.host or --lm_server.port and what to do.
     """
-    if not 0 <= port <= 65535:
-        raise Mistake(f'lm_server.{port=} must be from 0 to 65535: choose another --lm_server.port')
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError):
@@ -158,7 +152,7 @@ def load_engine(config, model: Model) -> Engine:
     processes.refuse_difference('the tokenizer and the model', f'{model.tokenizer.fingerprint} {model.config}',
                                 'give all processes the same files (--load_checkpoint, --tokenizer.vocab_file)')
     check_lengths(config.input_length, config.seq_length, model.config)
-    check_batch_size(config.lm_server.batch_size, model.mesh)
+    check_rows(config.lm_server.batch_size, model.mesh, 'lm_server.batch_size')
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
     params = jax.block_until_ready(model.load_params(spec, config.seed))
@@ -171,4 +165,4 @@ def load_engine(config, model: Model) -> Engine:
 
 
 if __name__ == '__main__':
-    flags.run(main, flags.SERVE)
+    parse.run(main, flags.SERVE)

@@ -1,4 +1,4 @@
-"""The project's own checkpoints: one directory per step, written whole or not at all.  Neighbour: load.py.
+"""The project's own checkpoints: one directory per step, written whole or not at all.  Neighbour: source.py.
 
     DIR/step_00000123/manifest.json       meta of the caller; shape and dtype of every array; size, sha256 of every file
                       arrays/NAME/...     one tensorstore (zarr3, uncompressed) per array
@@ -10,7 +10,7 @@ first.  The newest checkpoint is found by looking: the highest step whose manife
 sizes; nothing points to it.  Whatever is restored is first compared with its sha256.  One run at a time writes.  Arrays
 are known by name here; what they mean is the caller's matter.
 
-A run of several processes (processes.py) writes one step together, on a file system that all of them see: process 0
+A run of several processes (hosts/processes.py) writes one step together, on a file system that all see: process 0
 makes the temporary directory and the stores; each process writes, syncs and hashes the shards it holds (of replicas,
 the first); process 0 checks that it sees every file, writes the manifest, renames and deletes.  Each process compares
 the files it reads from with their sha256, not those of the others.
@@ -23,6 +23,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +76,6 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
     With several processes all call it, with the same arguments; what fails on one raises on all, at the latest after
     processes.PATIENCE_SECONDS.
     """
-    if keep < 1:
-        raise ValueError(f'{keep=} must be at least 1')
     for name in (*arrays, *files):
         if not name.replace('.', '').replace('_', '').replace('-', '').isalnum() or name.startswith('.'):
             raise ValueError(f'checkpoint entry {name!r} must be a plain name of letters, digits and . _ -')
@@ -173,7 +172,7 @@ def _commit(temporary: Path, final: Path, step: int, arrays, meta: dict, sealed:
     """Process 0: the manifest of the files of all processes, and the rename that makes them a step."""
     for name, entry in sealed.items():
         file = temporary / name
-        if not file.is_file() or file.stat().st_size != entry['size']:
+        if _size(file) != entry['size']:
             raise OSError(f'{file} was written by another process, but process 0 does not see it with its '
                           f'{entry["size"]} bytes: checkpoints must lie on a file system that all processes share')
     described = {name: dict(shape=list(array.shape), dtype=array.dtype.name) for name, array in arrays.items()}
@@ -240,7 +239,7 @@ def _chunk_shape(array: jax.Array | Streamed) -> list[int]:
 
 
 def check_shared(directory: str) -> None:
-    """With several processes makes `directory`; raises Mistake on all of them unless all see the same one."""
+    """Make `directory`, with several processes; raise Mistake on all of them unless all see the same one."""
     if processes.count() == 1:
         return
     root = Path(directory)
@@ -264,54 +263,38 @@ def step_directory(directory: str, step: int) -> Path:
 
 
 def steps(directory: str) -> list[int]:
-    """The complete steps in `directory`, ascending: a sound manifest, and every file there with its size."""
-    found = [path for path in Path(directory).glob('step_*') if path.name.removeprefix('step_').isdecimal()]
-    return sorted(int(path.name.removeprefix('step_')) for path in found if _complete(path) is not None)
+    """List the complete steps in `directory`, ascending: a sound manifest, and every file there with its size."""
+    return [step for step in _listed(directory) if _complete(step_directory(directory, step)) is not None]
 
 
 def latest_step(directory: str) -> int | None:
-    """The newest complete step, or None."""
-    return max(steps(directory), default=None)
+    """Return the newest complete step, or None."""
+    found = _newest(directory)
+    return found and found[0]
 
 
-def read_manifest(directory: str, step: int | None = None) -> dict:
-    """step, meta, arrays (name -> shape, dtype) and files of a step (None: the newest complete one).
-
-    Raises Mistake if there is none, or names what is wrong with the one that was asked for.
-    """
-    return _read_manifest(step_directory(directory, existing_step(directory, step)))
-
-
-def read_meta(directory: str, step: int | None = None) -> dict:
-    """What `save` was given as meta."""
-    return read_manifest(directory, step)['meta']
+def _listed(directory: str) -> list[int]:
+    """List the steps that have a directory, complete or not, ascending."""
+    numbers = [(path, int(path.name.removeprefix('step_'))) for path in Path(directory).glob('step_*')
+               if path.name.removeprefix('step_').isdecimal() and path.is_dir()]
+    return sorted(step for path, step in numbers if path == step_directory(directory, step))
 
 
-def read_file(directory: str, step: int | None, name: str) -> bytes:
-    """A file that `save` was given, compared with its sha256."""
-    step = existing_step(directory, step)
-    path = step_directory(directory, step)
-    manifest = _read_manifest(path)
-    if name not in manifest['files']:
-        raise Mistake(f'{path} holds no file {name!r}')
-    _verify(path, manifest, [name])
-    return (path / name).read_bytes()
-
-
-def existing_step(directory: str, step: int | None) -> int:
-    """`step`, or for None the newest complete one; raises Mistake if it is not there."""
-    found = latest_step(directory) if step is None else step
-    if found is None:
-        broken = ' '.join(sorted(path.name for path in Path(directory).glob('step_*')))
-        raise Mistake(f'{str(directory)!r} holds no complete checkpoint'
-                         + (f'; incomplete: {broken}' if broken else ''))
-    if not step_directory(directory, found).is_dir():
-        raise Mistake(f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
-    return found
+def _newest(directory: str) -> tuple[int, dict] | None:
+    """Find the newest complete step and its manifest; look again when a run deletes what was just listed."""
+    while True:
+        for step in reversed(_listed(directory)):
+            path = step_directory(directory, step)
+            if (manifest := _complete(path)) is not None:
+                return step, manifest
+            if not path.is_dir():
+                break
+        else:
+            return None
 
 
 def _sound_manifest(path: Path) -> dict | None:
-    """The content of a step's manifest if its own sha256 holds and no file of it lies outside the step."""
+    """Return the content of a step's manifest if its own sha256 holds and no file of it lies outside the step."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
         content = manifest['content']
@@ -323,30 +306,22 @@ def _sound_manifest(path: Path) -> dict | None:
 
 
 def _complete(path: Path) -> dict | None:
-    """The manifest if it is sound and every file is there with its size."""
+    """Return the manifest if it is sound and every file is there with its size."""
     if (manifest := _sound_manifest(path)) is None:
         return None
-    sizes = [(path / name, entry['size']) for name, entry in manifest['files'].items()]
-    return manifest if all(file.is_file() and file.stat().st_size == size for file, size in sizes) else None
-
-
-def _read_manifest(path: Path) -> dict:
-    if (manifest := _sound_manifest(path)) is None:
-        raise Mistake(f'{path / MANIFEST} is missing or corrupt' + _other_steps(path))
-    return manifest
+    return manifest if all(_size(path / name) == entry['size'] for name, entry in manifest['files'].items()) else None
 
 
 def _verify(path: Path, manifest: dict, names) -> None:
-    """Raises Mistake naming the first of the files `names` whose size or sha256 is not the manifest's."""
+    """Raise Mistake naming the first of the files `names` whose size or sha256 is not the manifest's."""
     for name in names:
         entry, file = manifest['files'][name], path / name
-        size = file.stat().st_size if file.is_file() else 'no'
-        if size != entry['size']:
+        if (size := _size(file)) != entry['size']:
             raise Mistake(f'{file} has {size} bytes instead of {entry["size"]}: the checkpoint is corrupt'
-                             + _other_steps(path))
+                          + _other_steps(path))
         if _sha256(file) != entry['sha256']:
             raise Mistake(f'{file} does not have the sha256 of its manifest: the checkpoint is corrupt'
-                             + _other_steps(path))
+                          + _other_steps(path))
 
 
 def _other_steps(path: Path) -> str:
@@ -354,61 +329,96 @@ def _other_steps(path: Path) -> str:
     return f'; step {others[-1]} is complete: {step_directory(path.parent, others[-1])}' if others else ''
 
 
-# ---------------------------------------------------------------- restore
+# ---------------------------------------------------------------- read
 
 
-def restore(directory: str, step: int | None, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays named in `targets`, each on the sharding of its target, from a step (None: the newest complete one).
+class Step:
+    """One step opened for reading: its manifest is read once, so whatever comes from a Step was saved together.
 
-    Every device reads its own part only, whatever the sharding was at save.  The files of the parts that this process
-    reads are compared with their sha256 first.  Raises Mistake naming a corrupt file, or up to 10 arrays that are
-    missing or differ.
+    number, path; meta: what `save` was given; arrays: name -> (shape, dtype name); files: name -> size and sha256.
+    Raises Mistake if the step (None: the newest complete one) is not there or its manifest is not sound; and later, at
+    any read, for a file that is corrupt and for a step that was deleted meanwhile.
     """
-    step = existing_step(directory, step)
-    path = step_directory(directory, step)
-    manifest = _read_manifest(path)
-    wrong = []
-    for name, target in targets.items():
-        want = f'{target.dtype.name}{list(target.shape)}'
-        entry = manifest['arrays'].get(name)
-        got = f'{entry["dtype"]}{entry["shape"]}' if entry else 'nothing'
-        if got != want:
-            wrong.append(f'{name} got {got} want {want}')
-    if wrong:
-        raise Mistake(f'{path} was saved by a model or optimizer of other sizes or dtypes: {shortened(wrong)}')
-    return {name: _restore_array(path, manifest, name, target) for name, target in targets.items()}
 
-
-def _restore_array(step: Path, manifest: dict, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-    path = step / 'arrays' / name
-    _verify(step, manifest, [f'arrays/{name}/zarr.json'])
-    store = ts.open(_store_spec(path), open=True, read=True).result()
-    parts = shards.shard_indices(target.shape, target.sharding)
-    files = {file for index in parts for file in _chunk_files(path, store, tuple(slice(*part) for part in index))}
-    _verify(step, manifest, [file.relative_to(step).as_posix() for file in sorted(files)])
-    read = lambda bounds: store[tuple(slice(*bound) for bound in bounds)].read().result()
-    if len(target.shape) == 3:  # a stack of matrices
-        return shards.fill_stack(target, lambda layer, bounds: read(((layer, layer + 1), *bounds))[0])
-    return shards.fill(target, read)
-
-
-class ArrayReader:
-    """The arrays of one step on the host, as a whole or a row at a time.  arrays: name -> (shape, dtype name)."""
-
-    def __init__(self, directory: str, step: int):
-        self._path = step_directory(directory, step)
-        self._manifest, self._stores = _read_manifest(self._path), {}
+    def __init__(self, directory: str, step: int | None = None):
+        found = _newest(directory) if step is None else (step, _sound_manifest(step_directory(directory, step)))
+        if found is None:
+            broken = ' '.join(sorted(path.name for path in Path(directory).glob('step_*')))
+            raise Mistake(f'{str(directory)!r} holds no complete checkpoint'
+                          + (f'; incomplete: {broken}' if broken else ''))
+        self.number, self._manifest = found
+        self.path = step_directory(directory, self.number)
+        if self._manifest is None and not self.path.is_dir():
+            raise Mistake(f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
+        if self._manifest is None:
+            raise Mistake(f'{self.path / MANIFEST} is missing or corrupt' + _other_steps(self.path))
+        self.meta, self.files, self._stores = self._manifest['meta'], self._manifest['files'], {}
         self.arrays = {name: (tuple(entry['shape']), entry['dtype'])
                        for name, entry in self._manifest['arrays'].items()}
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say so if a read failed because the step is gone: a deletion begins with the rename of its directory."""
+        try:
+            yield
+        except (ValueError, OSError):
+            if self.path.is_dir():
+                raise
+            raise Mistake(f'{self.path} was deleted while it was read, by the run that writes there: start again, and '
+                          'if it happens again raise --checkpointer.keep of that run or read a copy') from None
+
+    def read_file(self, name: str) -> bytes:
+        """Read a file that `save` was given, compared with its sha256."""
+        if name not in self.files:
+            raise Mistake(f'{self.path} holds no file {name!r}')
+        with self._reading():
+            _verify(self.path, self._manifest, [name])
+            return (self.path / name).read_bytes()
+
     def read(self, name: str, row: int | None) -> np.ndarray:
-        """Row `row` along the first axis, or for None the whole.  Its files are compared with their sha256 once."""
-        if name not in self._stores:
-            _verify(self._path, self._manifest, [file for file in self._manifest['files']
-                                                 if file.startswith(f'arrays/{name}/')])
-            self._stores[name] = ts.open(_store_spec(self._path / 'arrays' / name), open=True, read=True).result()
-        store = self._stores[name]
-        return (store if row is None else store[row]).read().result()
+        """Read row `row` of an array, or for None the whole.  Its files are compared with their sha256 once."""
+        with self._reading():
+            if name not in self._stores:
+                _verify(self.path, self._manifest, [file for file in self.files if file.startswith(f'arrays/{name}/')])
+                self._stores[name] = _open_store(self.path / 'arrays' / name)
+            store = self._stores[name]
+            return (store if row is None else store[row]).read().result()
+
+    def restore(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Read the arrays named in `targets`, each onto the sharding of its target.
+
+        Every device reads its own part only, whatever the sharding was at save.  The files of the parts that this
+        process reads are compared with their sha256 first.  Raises Mistake naming a corrupt file, or up to 10 arrays
+        that are missing or differ.
+        """
+        wrong = []
+        for name, target in targets.items():
+            want = f'{target.dtype.name}{list(target.shape)}'
+            shape, dtype = self.arrays.get(name, (None, None))
+            got = f'{dtype}{list(shape)}' if dtype else 'nothing'
+            if got != want:
+                wrong.append(f'{name} got {got} want {want}')
+        if wrong:
+            raise Mistake(f'{self.path} was saved by a model or optimizer of other sizes or dtypes: '
+                          + shortened(wrong))
+        with self._reading():
+            return {name: self._restore(name, target) for name, target in targets.items()}
+
+    def _restore(self, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        path = self.path / 'arrays' / name
+        _verify(self.path, self._manifest, [f'arrays/{name}/zarr.json'])
+        store, parts = _open_store(path), shards.shard_indices(target.shape, target.sharding)
+        files = {file for index in parts for file in _chunk_files(path, store, tuple(slice(*part) for part in index))}
+        _verify(self.path, self._manifest, [file.relative_to(self.path).as_posix() for file in sorted(files)])
+        read = lambda bounds: store[tuple(slice(*bound) for bound in bounds)].read().result()
+        if len(target.shape) == 3:  # a stack of matrices
+            return shards.fill_stack(target, lambda layer, bounds: read(((layer, layer + 1), *bounds))[0])
+        return shards.fill(target, read)
+
+
+def _open_store(path: Path) -> ts.TensorStore:
+    """Open an array for reading.  A chunk that is missing is an error: by itself tensorstore would read zeros."""
+    return ts.open(_store_spec(path) | dict(fill_missing_data_reads=False), open=True, read=True).result()
 
 
 def shortened(lines: list[str], most: int = 10) -> str:
@@ -417,6 +427,14 @@ def shortened(lines: list[str], most: int = 10) -> str:
 
 
 # ---------------------------------------------------------------- files
+
+
+def _size(path: Path) -> int | str:
+    """Return the bytes of a file, 'no' if there is none (a run may delete it at any moment)."""
+    try:
+        return path.stat().st_size if path.is_file() else 'no'
+    except OSError:
+        return 'no'
 
 
 def _sha256(path: Path) -> str:

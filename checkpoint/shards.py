@@ -1,4 +1,4 @@
-"""Arrays that are read slice by slice into the devices that hold them.  Users: load.py, native.py.
+"""Arrays that are read slice by slice into the devices that hold them.  Users: source.py, native.py.
 
 A process reads what its own devices hold and nothing else; no program runs over several processes.  A large weight of N
 layers is a stack on every device, made there, into which one layer after the other is written by a program that is
@@ -45,7 +45,7 @@ def fill(target: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray]) -> 
 
 
 def fill_stack(target: jax.ShapeDtypeStruct, read: Callable[[int, Bounds], np.ndarray]) -> jax.Array:
-    """The same of a stack [N, ..] from read(layer, bounds of a part of that layer's tensor)."""
+    """Fill a stack [N, ..] likewise, from read(layer, bounds of a part of that layer's tensor)."""
     if slice_bytes(target, stacked=True) == slice_bytes(target, stacked=False):
         return fill(target, lambda bounds: np.stack([read(layer, bounds[1:]).astype(target.dtype, copy=False)
                                                      for layer in range(*bounds[0])]))

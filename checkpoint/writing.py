@@ -1,4 +1,4 @@
-"""What every writer of foreign files does: files that appear whole or not at all, and floats rounded knowingly.
+"""Write files so that they appear whole or not at all, with floats rounded knowingly: for all writers of formats.
 
 Users: easylm_writer.py, huggingface_writer.py and convert.py.  (native.py keeps its own, stricter order of things.)
 """

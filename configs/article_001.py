@@ -5,7 +5,7 @@ Hardware     eight TPU chips as mesh 1,4,2 (the article does not say which)
 Time         not known: the article gives none
 Result       not measured here: no TPU was at hand.  The flags are the article's printed command (tests/test_article.py)
 Command      python train.py --config=configs/article_001.py --load_checkpoint=params::open_llama_3b_v2_easylm \\
-               --tokenizer.vocab_file=tokenizer.model --train_dataset.json_dataset.path=data/train.jsonl \\
+               --tokenizer.vocab_file=tokenizer.model --train_dataset.json_dataset.path=runs/reviews/train.jsonl \\
                --logger.output_dir=runs/article_001
 """
 

@@ -8,7 +8,7 @@ from configs import quickstart
 
 def get_config() -> dict:
     return quickstart.get_config() | {
+        'optimizer.adamw_optimizer.lr_warmup_ratio': 0.0,
         'optimizer.adamw_optimizer.lr_warmup_steps': 30,
         'save_model_freq': 100,
-        'checkpointer.save_optimizer_state': True,
     }

@@ -1,9 +1,9 @@
-"""Tokenizing in worker processes: what one process makes of each line, in the order of the lines.
+"""Tokenize in worker processes: the same results as in one process, in the order of the lines.
 
 A worker is this file run as a program (`python -m data.parallel`).  It is told the tokenizer and the text settings
 once and then answers chunk after chunk of lines.  It is neither a fork (JAX has threads) nor one of multiprocessing's
-(whose start imports the main program, JAX with it, and which pickles).  Its input ends when the program that started
-it does, however that ends, and with its input it ends itself.
+(whose start imports the main program, JAX with it, and which pickles).  It ends when its input ends, so when the
+program that started it ends, however that happens.
 
 A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.  Neighbours: text_processor.py below,
 records.py above.
@@ -30,8 +30,9 @@ ROOT = Path(__file__).parent.parent
 
 
 class Workers:
-    """Processes that tokenize as `processor` (a TextProcessor) does.  They live until `close()` or until
-    nothing refers to this object.  Raises ChildProcessError when one of them ends before its time.
+    """Starts processes that tokenize as `processor` does, and ends them at `close()` or with this object.
+
+    Raises ChildProcessError when one of them ends before its time.
     """
 
     def __init__(self, processor: TextProcessor, processes: int):
@@ -49,7 +50,7 @@ class Workers:
             self._idle.put(process)
 
     def outcomes(self, lines: Iterable, chunk_size: int, batch_size: int) -> Iterator[tuple]:
-        """(line, `tokenize` of line.text) for each line, in order.
+        """Yield (line, `tokenize` of line.text) for each line, in order.
 
         A worker gets `chunk_size` lines at a time; at most `batch_size` lines, or one chunk for each worker if that
         is more, are read and tokenized ahead of what was taken.
@@ -121,7 +122,7 @@ def _write(pipe, header: dict, body: bytes) -> None:
 
 
 def _read(pipe) -> tuple[dict, bytes] | None:
-    """The next frame; None where the other side has ended, be it in the middle of one."""
+    """Read the next frame; None where the other side has ended, be it in the middle of one."""
     line = pipe.readline()
     if not line.endswith(b'\n'):
         return None
@@ -134,6 +135,7 @@ def _read(pipe) -> tuple[dict, bytes] | None:
 
 
 def main() -> None:
+    """Answer frames on standard input until it ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)  # whatever a library prints must not stand between the frames
     frame = _read(requests)

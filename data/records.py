@@ -1,9 +1,9 @@
-"""Records: a file of one JSON object a line -> token ids with a loss mask, line after line.
+"""Read a file of one JSON object a line as records: token ids with a loss mask, line after line.
 
 A file has one policy for bad lines (no JSON object, invalid UTF-8, longer than 16 MiB, a field missing, of the wrong
 type or blank): refuse the first with its file:line, or skip and count them all.  Empty lines are no records; a byte
 order mark and CRLF are accepted.  Neighbours: text_processor.py (one object) and parallel.py (in several processes)
-below; huggingface.py (records from elsewhere), batches.py (records -> arrays), labelled.py above.
+below; huggingface.py (records from elsewhere), stream.py and rows.py (records -> arrays), labelled.py above.
 """
 import hashlib
 import os
@@ -27,7 +27,7 @@ class RawLine(NamedTuple):
     problem: str
 
 
-class Line(NamedTuple):
+class ParsedLine(NamedTuple):
     """A line: its bytes [start, end), its index (from 0), and its object or what is wrong (neither: an empty line)."""
 
     start: int
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in `Line`."""
+    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in RawLine."""
 
     tokens: list[int]
     loss_mask: list[float]
@@ -48,7 +48,7 @@ class Record(NamedTuple):
 
 
 def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[RawLine]:
-    """The lines of a file from byte `start` (where line `index` begins) on, in memory bounded by MAX_LINE_BYTES."""
+    """Yield the lines of a file from byte `start` (where line `index` begins), in memory bounded by MAX_LINE_BYTES."""
     with open(path, 'rb') as file:
         file.seek(start)
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -63,21 +63,21 @@ def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterat
             start, index = end, index + 1
 
 
-def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[Line]:
-    """The lines of a file as `raw_lines` gives them, each with its object."""
+def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[ParsedLine]:
+    """Yield the lines of a file as `raw_lines` does, each parsed."""
     for line in raw_lines(path, start, index):
         example, problem = parse(line.text)
-        yield Line(line.start, line.end, line.index, example, line.problem or problem)
+        yield ParsedLine(line.start, line.end, line.index, example, line.problem or problem)
 
 
 class RecordReader:
-    """The records of a JSON-lines file, in file order, with one policy for bad lines.
+    """Reads the records of a JSON-lines file, in file order, with one policy for bad lines.
 
     flag: where the options stand on the command line, for messages ('train_dataset.json_dataset').
     skipped_lines: how many bad lines were passed over, in all passes; problems: the first ten of them, with file:line.
-    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, and give the same
-    records, errors and counts.  A process gets chunk_size lines at a time, and at most batch_size lines (or a chunk for
-    each process, if that is more) are read ahead.
+    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, with the same
+    records, errors and counts.  chunk_size: lines that a process gets at a time.  batch_size: most lines read ahead (or
+    a chunk for each process, if that is more).
     """
 
     positions_are_bytes = True  # start and end of a Record
@@ -87,50 +87,42 @@ class RecordReader:
                  batch_size: int = 1024):
         if not os.path.isfile(path):
             raise Mistake(f'{flag}.path={str(path)!r} is no file; it must name a file with one JSON object a line')
-        for name, value in (('processes', processes), ('parallel_chunk_size', chunk_size),
-                            ('parallel_batch_size', batch_size)):
-            if value < 1:
-                raise Mistake(f'{flag}.tokenizer_{name}={value} must be at least 1')
         self.path, self.processor, self.skip_bad_lines, self.flag = str(path), processor, skip_bad_lines, flag
         self.skipped_lines, self.problems = 0, []
         self._processes, self._chunk_size, self._batch_size = processes, chunk_size, batch_size
         self._workers = None
 
     def records(self, start: int = 0, index: int = 0) -> Iterator[Record]:
-        """The records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
+        """Yield the records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
         for line, (tokens, loss_mask, problem) in self._outcomes(raw_lines(self.path, start, index)):
             if line.problem or problem:
-                self.bad(line.index, line.problem or problem)
+                refuse_or_count(self, line.index, line.problem or problem)
             elif tokens is not None:
                 yield Record(tokens, loss_mask, line.start, line.end, line.index)
 
-    def bad(self, index: int, problem: str) -> None:
-        """Refuse the line (ValueError) or count it."""
-        refuse_or_count(self, index, problem)
-
     def place(self, index: int) -> str:
-        """Where a record stands, for messages."""
+        """Name the place of a record, for messages."""
         return f'{self.path}:{index + 1}'
 
     def identity(self) -> dict:
-        """Enough to notice that the file was replaced or edited, at the cost of reading 1 MiB of it."""
+        """Return its size and a digest of its first MiB: enough to notice that the file was replaced or edited."""
         with open(self.path, 'rb') as file:
             start = hashlib.sha256(file.read(1 << 20)).hexdigest()
             return {'size': file.seek(0, 2), 'sha256_of_first_MiB': start}
 
     def check_start(self, start: int) -> None:
-        """Raises Mistake, with the next place that is one, unless a line begins at byte `start` or the file ends."""
+        """Raise Mistake, with the next place that is one, unless a line begins at byte `start` or the file ends."""
         with open(self.path, 'rb') as file:
             size = file.seek(0, 2)
             if start > size:
                 raise Mistake(f'{self.flag}.start_seek_loc={start} is beyond the end of {self.path}, which has '
-                                 f'{size} bytes; give a dataset_file_loc that was logged for this file')
+                              f'{size} bytes; give a dataset_file_loc that was logged for this file')
             file.seek(max(start - 1, 0))
             if start in (0, size) or file.read(1) == b'\n':
                 return
             file.readline()
             raise Mistake(f'{self.flag}.start_seek_loc={start} is in the middle of a line of {self.path}; the next '
-                             f'line begins at byte {file.tell()}')
+                          f'line begins at byte {file.tell()}')
 
     def close(self) -> None:
         """End the tokenizer processes; `records` would start them again."""
@@ -147,7 +139,7 @@ class RecordReader:
 
 
 def refuse_or_count(reader, index: int, problem: str) -> None:
-    """What a reader does with a bad record, as its `skip_bad_lines` says."""
+    """Raise Mistake for a bad record, or count it where the reader's `skip_bad_lines` says so."""
     where = f'{reader.place(index)}: {problem}'
     if not reader.skip_bad_lines:
         raise Mistake(f'{where} (--{reader.flag}.skip_bad_lines=True skips and counts such lines)')

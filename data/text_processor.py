@@ -1,4 +1,4 @@
-"""The text processor: a JSON object -> token ids with a loss mask.
+"""Turn a JSON object into token ids with a loss mask.
 
 `fields` says how a record becomes tokens, in the little language of EasyLM (its data.py, August 2023):
 
@@ -21,7 +21,7 @@ from mistake import Mistake
 
 
 def parse(line: bytes) -> tuple[dict | None, str]:
-    """(the JSON object of a line, ''), or (None, what is wrong; '' for an empty line)."""
+    """Parse a line: (its JSON object, ''), or (None, what is wrong; '' for an empty line)."""
     if not line.strip():
         return None, ''
     try:
@@ -38,12 +38,11 @@ def parse(line: bytes) -> tuple[dict | None, str]:
 
 
 class TextProcessor:
-    """(example) -> (token ids, loss mask), as the `fields` language says.
+    """Turns an example into (token ids, loss mask), as the `fields` language says.
 
     `fields_from_example` names a key of the example that holds the fields string instead.  `prepend_text` goes before
     the first field, if that is text.  bos gets mask 0, eos mask 1.  Raises Mistake for settings that make no sense
-    and, when called, for an example that does not fit them; the text names the field, not the line: the caller knows
-    the line.
+    and, when called, for an example that does not fit them, naming the field; the caller adds the line.
     """
 
     def __init__(self, tokenizer: Tokenizer, fields: str = '', fields_from_example: str = '',
@@ -51,7 +50,7 @@ class TextProcessor:
                  add_eos_token: bool = True, base64_token_dtype: str = 'i4'):
         if bool(fields) == bool(fields_from_example):
             raise Mistake(f'{fields=} and {fields_from_example=}: set exactly one of text_processor.fields and '
-                             "text_processor.fields_from_example, for example fields='[prompt],answer'")
+                          "text_processor.fields_from_example, for example fields='[prompt],answer'")
         try:
             self.base64_dtype = np.dtype(base64_token_dtype).newbyteorder('<')
         except TypeError:
@@ -92,7 +91,7 @@ class TextProcessor:
                 raise Mistake(f'{field=} is not base64: {error}') from None
             if len(raw) % self.base64_dtype.itemsize:
                 raise Mistake(f'{field=} holds {len(raw)} bytes, no multiple of base64_token_dtype '
-                                 f'{self.base64_dtype.str}')
+                              f'{self.base64_dtype.str}')
             return self._known(field, np.frombuffer(raw, self.base64_dtype).tolist())
         text = self.subfield_separator.join(_text(example, key) for key in field.split('+'))
         if not masked and not text.strip():
@@ -126,7 +125,7 @@ def _text(example: dict, key: str) -> str:
 
 
 def tokenize(processor: TextProcessor, line: bytes) -> tuple[list[int] | None, list[float] | None, str]:
-    """(token ids, loss mask, '') of a line; (None, None, what is wrong), '' for an empty line."""
+    """Tokenize a line: (token ids, loss mask, ''), or (None, None, what is wrong; '' for an empty line)."""
     example, problem = parse(line)
     if example is None:
         return None, None, problem

@@ -1,6 +1,6 @@
-"""Text <-> token ids, from a sentencepiece model (tokenizer.model) or a Hugging Face tokenizer.json.
+"""Encode and decode text with a sentencepiece model (tokenizer.model) or a Hugging Face tokenizer.json.
 
-Text is only ever text: '<s>' or '<|im_start|>' inside it is encoded letter by letter and never becomes the control
+Text is never anything else: '<s>' or '<|im_start|>' inside it is encoded letter by letter and never becomes the control
 token, so nobody who sends a prompt can forge the beginning or end of an example.  (EasyLM's tokenizer did parse
 them.)  bos and eos are added by id where records and prompts are built, never here.  Neighbours:
 text_processor.py, serving and the checkpoint readers.
@@ -16,7 +16,7 @@ from mistake import Mistake
 
 
 class Tokenizer:
-    """Ids of text, text of ids.
+    """Encodes text as ids and decodes ids as text.
 
     vocab_size: number of ids, added tokens included.  bos_token_id, eos_token_id, pad_token_id: int.
     source_bytes, file_name: its file ('tokenizer.model' or 'tokenizer.json'), for a checkpoint to carry.
@@ -34,7 +34,7 @@ class Tokenizer:
         self._encode, self._decode = encode, decode
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; neither bos nor eos is added, and no part of the text is read as a control token.
+        """Encode `text`; neither bos nor eos is added, and no part of the text is read as a control token.
 
         Raises Mistake for a string that no UTF-8 can write (JSON can hold one: half a surrogate pair).
         """
@@ -45,13 +45,13 @@ class Tokenizer:
         return self._encode(text)
 
     def decode(self, ids) -> str:
-        """The text of `ids` without bos, eos, pad, and ids from vocab_size on (rows that only pad a vocabulary)."""
+        """Decode `ids` without bos, eos, pad, and ids from vocab_size on (rows that only pad a vocabulary)."""
         dropped = {self.bos_token_id, self.eos_token_id, self.pad_token_id}
         return self._decode([i for i in map(int, ids) if i not in dropped and 0 <= i < self.vocab_size])
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer of a file, or of a directory that holds tokenizer.json or tokenizer.model (the first one found).
+    """Load the tokenizer of a file, or of a directory that holds tokenizer.json or tokenizer.model (the first found).
 
     bos, eos and pad of a tokenizer.json come from the files beside it: tokenizer_config.json, special_tokens_map.json,
     generation_config.json, config.json, the first that names one.  Without a pad token pad := eos: padding is masked
@@ -63,7 +63,7 @@ def load_tokenizer(path) -> Tokenizer:
         path = next((path / name for name in ('tokenizer.json', 'tokenizer.model') if (path / name).is_file()), path)
     if not str(given) or not path.is_file():
         raise Mistake(f'tokenizer.vocab_file={str(given)!r} must name a tokenizer.model (sentencepiece) or '
-                         'tokenizer.json file, or a directory that holds one')
+                      'tokenizer.json file, or a directory that holds one')
     if path.suffix != '.json':
         return _from_sentencepiece(path.read_bytes(), str(path))
     text, named, model_dir = _read_text(path), {}, path.parent
@@ -78,13 +78,13 @@ def load_tokenizer(path) -> Tokenizer:
     for role in ('bos', 'eos'):
         if role not in named:
             raise Mistake(f'tokenizer.vocab_file={str(given)!r}: no file beside {path.name} names the {role} token; '
-                             f'put "{role}_token": "..." into {model_dir / "tokenizer_config.json"}')
+                          f'put "{role}_token": "..." into {model_dir / "tokenizer_config.json"}')
     return tokenizer_from_json(text, named['bos'], named['eos'], named['pad'], source=str(path))
 
 
 def tokenizer_from_json(text: str, bos: int | str, eos: int | str, pad: int | str,
                         source: str = 'tokenizer.json') -> Tokenizer:
-    """The tokenizer of a tokenizer.json's text; bos, eos and pad are ids or the tokens themselves.
+    """Make the tokenizer of a tokenizer.json's text; bos, eos and pad are ids or the tokens themselves.
 
     Raises Mistake, naming `source`, for a text that is no tokenizer and for a token it does not have.
     """
@@ -111,7 +111,7 @@ def tokenizer_from_json(text: str, bos: int | str, eos: int | str, pad: int | st
 
 
 def tokenizer_from_bytes(file_name: str, source_bytes: bytes, bos: int, eos: int, pad: int, source: str) -> Tokenizer:
-    """A Tokenizer once more, from what checkpoints and worker processes have of it."""
+    """Make a Tokenizer again from what checkpoints and worker processes keep of it."""
     if file_name.endswith('.json'):
         return tokenizer_from_json(source_bytes.decode('utf-8'), bos, eos, pad, source)
     return _from_sentencepiece(source_bytes, source, bos, eos, pad)

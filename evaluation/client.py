@@ -1,4 +1,4 @@
-"""The questions of an evaluation, put to a running server instead of an engine in this process.
+"""Put the questions of an evaluation to a running server instead of an engine in this process.
 
 POST /loglikelihood {"prefix_text": [..], "text": [..]} -> {"log_likelihood": [..], "is_greedy": [..]}
 POST /generate {"prefix_text": [..], "temperature": 0.0} -> {"output_text": [..]}
@@ -18,17 +18,16 @@ ATTEMPTS = 6
 
 
 class Server:
-    """The server at `url`.  batch_size: texts in one request.  timeout: seconds for one answer."""
+    """Asks the server at `url`.  batch_size: texts in one request.  timeout: seconds for one answer."""
 
     def __init__(self, url: str, batch_size: int, timeout: float = 600.0):
-        if not url.startswith(('http://', 'https://')) or batch_size < 1:
-            raise Mistake(f'{url=} must begin with http:// or https:// and {batch_size=} be at least 1, '
-                             'for example --url=http://127.0.0.1:5007')
+        if not url.startswith(('http://', 'https://')):
+            raise Mistake(f'{url=} must begin with http:// or https://, for example --url=http://127.0.0.1:5007')
         self.url, self.batch_size, self.timeout = url.rstrip('/'), batch_size, timeout
 
     def loglikelihood(self, prefixes: list[str], texts: list[str],
                       progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, is greedy) of each text after its prefix, as Engine.loglikelihood."""
+        """Score each text after its prefix, as Engine.loglikelihood: (log-likelihood in nats, is greedy)."""
         found = []
         for i in range(0, len(prefixes), self.batch_size):
             part = slice(i, i + self.batch_size)
@@ -39,7 +38,7 @@ class Server:
         return found
 
     def generate(self, prompts: list[str], progress: Callable[[int], None] = lambda done: None) -> list[str]:
-        """The greedy continuation of each prompt; the server sets its length."""
+        """Continue each prompt greedily; the server sets the length."""
         texts = []
         for i in range(0, len(prompts), self.batch_size):
             part = prompts[i:i + self.batch_size]
@@ -49,7 +48,7 @@ class Server:
         return texts
 
     def _post(self, path: str, body: dict, count: int, fields: dict[str, type]) -> dict:
-        """The answer, in which every field is a list of `count` values of its type."""
+        """Ask and return the answer, in which every field is a list of `count` values of its type."""
         text = self._send(path, json.dumps(body).encode())
         try:
             answer = json.loads(text)
@@ -62,7 +61,7 @@ class Server:
         return answer
 
     def _send(self, path: str, body: bytes) -> bytes:
-        """A busy server is asked again, after as many seconds as it says; every other refusal is an error."""
+        """Send a request, again to a busy server after as many seconds as it says; refuse any other refusal."""
         request = urllib.request.Request(self.url + path, body, {'Content-Type': 'application/json'})
         for attempt in range(ATTEMPTS):
             try:

@@ -1,8 +1,8 @@
-"""Several processes of one run, often one a host: they agree on a value, or they fail together.  Neighbour: start.py.
+"""Let the processes of one run (often one a host) agree on a value, or fail together.  Neighbour: start.py.
 
 Everything goes through the key-value store of JAX's coordination service, which process 0 hosts
-(start.start_processes connects to it), so nothing here touches a device.  With one process each function is its own
-short cut.  All processes must make the same calls in the same order.
+(start.start_processes connects to it), so nothing here touches a device.  With one process there is nobody to ask,
+and each function returns at once.  All processes must make the same calls in the same order.
 """
 import itertools
 import json
@@ -19,17 +19,17 @@ _calls = itertools.count()
 
 
 def count() -> int:
-    """How many processes the run has.  (jax.process_count would start the devices.)"""
+    """Return the number of processes of the run.  (jax.process_count would start the devices.)"""
     return distributed.global_state.num_processes
 
 
 def index() -> int:
-    """Which of them this is; 0 leads: it writes what is written once."""
+    """Return the number of this process; 0 leads: it writes what is written once."""
     return distributed.global_state.process_id
 
 
 def exchange(text: str) -> list[str]:
-    """Every process gives a text and gets all of them, in order.  Raises OSError naming who did not come in time."""
+    """Give a text and get those of all processes, in order.  Raises OSError naming who did not come in time."""
     if count() == 1:
         return [text]
     client, call, texts = distributed.global_state.client, next(_calls), []
@@ -50,10 +50,10 @@ def exchange(text: str) -> list[str]:
 
 
 def agree(work: Callable[[], object], undo: Callable[[], object] = lambda: None) -> list:
-    """[what `work` returned on process 0, on 1, ..], JSON values.  If it fails on one process, it fails on all.
+    """Do `work` on every process and return all results [of process 0, of 1, ..], JSON values; fail on all if on one.
 
     An exception is raised again where it happened; elsewhere as Mistake, OSError or (a fault of the code)
-    RuntimeError, naming the process.  Before that every process has called `undo`, and waited for the others' `undo`.
+    RuntimeError, naming the process.  Every process has called `undo` before, and waited for the others' `undo`.
     """
     result = failed = None
     try:
@@ -81,7 +81,7 @@ def agree(work: Callable[[], object], undo: Callable[[], object] = lambda: None)
 
 
 def refuse_difference(what: str, value: str, remedy: str) -> None:
-    """Raises Mistake on every process unless all of them give the same value."""
+    """Raise Mistake on every process unless all of them give the same value."""
     values = exchange(value)
     for process, other in enumerate(values):
         if other != values[0]:

@@ -1,6 +1,6 @@
-"""How the processes of one run meet, and how they end: together.  Neighbour: processes.py.
+"""Start the processes of one run together, and end them together.  Neighbour: processes.py.
 
-Programs call `start_processes(config)` before any other use of JAX, and wear `@failing_together()`.
+Programs call `start_processes(flags)` before any other use of JAX; decorate main with `@failing_together()`.
 """
 import atexit
 import json
@@ -25,7 +25,7 @@ FAILURES = 'pallama/failures'  # in the coordination service: what ended a proce
 
 
 def start_processes(flags: ConfigDict) -> None:
-    """jax.distributed.initialize as the jax_distributed flags say; it must come before any other use of JAX.
+    """Call jax.distributed.initialize as the jax_distributed flags say, before any other use of JAX.
 
     Afterwards only process 0 prints, unless --log_all_worker, and all processes have the same flags.  Raises Mistake
     naming the flag when they do not meet within MEETING_SECONDS.  A second call does nothing.
@@ -35,14 +35,14 @@ def start_processes(flags: ConfigDict) -> None:
     given = {name: value for name, value in values.items() if value is not None}
     if given and not wanted:
         raise Mistake(f'jax_distributed.{next(iter(given))} has no effect without '
-                         '--jax_distributed.initialize_jax_distributed=True')
+                      '--jax_distributed.initialize_jax_distributed=True')
     if not wanted or jax.distributed.is_initialized():
         return
     if 'local_device_ids' in given:
         ids = given['local_device_ids'].split(',')
         if not all(number.strip().isdecimal() for number in ids):
             raise Mistake(f'jax_distributed.local_device_ids={given["local_device_ids"]!r} must be numbers with '
-                             "commas between: '0,1,2'")
+                          "commas between: '0,1,2'")
         given['local_device_ids'] = [int(number) for number in ids]
     if given.keys() >= {'coordinator_address', 'num_processes', 'process_id'}:
         meet(given['coordinator_address'], given['num_processes'], given['process_id'], MEETING_SECONDS)
@@ -52,8 +52,8 @@ def start_processes(flags: ConfigDict) -> None:
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise Mistake(f'jax_distributed: {error} (outside TPU pods, GKE, Slurm and Open MPI give '
-                         '--jax_distributed.coordinator_address, --jax_distributed.num_processes and '
-                         '--jax_distributed.process_id)') from None
+                      '--jax_distributed.coordinator_address, --jax_distributed.num_processes and '
+                      '--jax_distributed.process_id)') from None
     if processes.count() == 1:
         return
     threading.Thread(target=_end_with_the_others, daemon=True).start()
@@ -64,7 +64,7 @@ def start_processes(flags: ConfigDict) -> None:
 
 
 def meet(address: str, count: int, index: int, seconds: float) -> None:
-    """A roll call of all processes at `address`, where JAX's coordination service will listen after it.
+    """Call the roll of all processes at `address`, where JAX's coordination service will listen after it.
 
     JAX itself aborts the process, without naming a flag, when one is missing or two have the same number.  Process 0
     listens; each of the others says {"num_processes": .., "process_id": ..} in a line and gets {"error": text or null}.
@@ -75,7 +75,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> None:
         raise Mistake(f'jax_distributed.coordinator_address={address!r} must be HOST:PORT of process 0')
     if not 0 <= index < count:
         raise Mistake(f'jax_distributed.process_id={index} must be from 0 to num_processes-1: '
-                         f'jax_distributed.num_processes={count}')
+                      f'jax_distributed.num_processes={count}')
     if count == 1:
         return
     error = _call_the_roll(int(port), count, seconds) if index == 0 else \
@@ -85,7 +85,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> None:
 
 
 def _call_the_roll(port: int, count: int, seconds: float) -> str | None:
-    """Process 0: waits for the others and tells them what is wrong, or None."""
+    """Wait for the others, as process 0, and tell them what is wrong, or None."""
     deadline = time.monotonic() + seconds
     try:
         both = socket.has_dualstack_ipv6()
@@ -94,39 +94,37 @@ def _call_the_roll(port: int, count: int, seconds: float) -> str | None:
     except OSError as error:
         return (f'jax_distributed.coordinator_address: process 0 cannot listen on port {port}: {error}; choose another '
                 'port')
-    present, error = {}, None
+    missing, connections, error = set(range(1, count)), [], None
     with server:
-        while len(present) < count - 1 and not error:
+        while missing and not error:
             server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, count)) - set(present))
                 error = (f'jax_distributed.num_processes={count}, but of 0..{count - 1} these did not come within '
-                         f'{seconds:g} s: {missing}; start them with the same coordinator_address, or lower '
+                         f'{seconds:g} s: {sorted(missing)}; start them with the same coordinator_address, or lower '
                          '--jax_distributed.num_processes')
                 break
             said = _read_line(connection, 5)
             if not isinstance(said, dict) or set(said) != {'num_processes', 'process_id'}:
                 connection.close()  # not one of ours
-            elif said['num_processes'] != count:
+                continue
+            connections.append(connection)
+            if said['num_processes'] != count:
                 error = (f'jax_distributed.num_processes={count} on process 0, but {said["num_processes"]} on process '
                          f'{said["process_id"]}: give all processes the same number')
-                connection.sendall(json.dumps(dict(error=error)).encode() + b'\n')
-            elif said['process_id'] in present:
+            elif said['process_id'] not in missing:
                 error = (f'jax_distributed.process_id={said["process_id"]} was given to two processes: number them '
                          f'0..{count - 1}')
-                connection.sendall(json.dumps(dict(error=error)).encode() + b'\n')
-            else:
-                present[said['process_id']] = connection
-    for connection in present.values():
+            missing.discard(said['process_id'])
+    for connection in connections:
         with connection:
             connection.sendall(json.dumps(dict(error=error)).encode() + b'\n')
     return error
 
 
 def _answer_the_roll(address: tuple[str, int], count: int, index: int, seconds: float) -> str | None:
-    """The others: what process 0 says is wrong, or None."""
+    """Report to process 0, as one of the others, and return what it says is wrong, or None."""
     deadline, reason = time.monotonic() + seconds, 'nothing came back'
     while time.monotonic() < deadline:
         try:
@@ -144,7 +142,7 @@ def _answer_the_roll(address: tuple[str, int], count: int, index: int, seconds: 
 
 
 def _read_line(connection: socket.socket, seconds: float):
-    """The JSON of one line, None for anything else."""
+    """Read the JSON of one line; None for anything else."""
     connection.settimeout(seconds)
     try:
         return json.loads(connection.makefile('rb').readline(4096))
@@ -153,7 +151,7 @@ def _read_line(connection: socket.socket, seconds: float):
 
 
 def refuse_other_flags(flags: ConfigDict) -> None:
-    """Raises Mistake on every process, naming a flag that two of them do not share."""
+    """Raise Mistake on every process, naming a flag that two of them do not share."""
     own = {name: repr(value) for name, value in _flat(flags.to_dict()).items()
            if name not in ('jax_distributed.process_id', 'jax_distributed.local_device_ids')}
     theirs = [json.loads(text) for text in processes.exchange(json.dumps(own))]
@@ -161,7 +159,7 @@ def refuse_other_flags(flags: ConfigDict) -> None:
         for name in sorted(own):
             if other.get(name) != theirs[0].get(name):
                 raise Mistake(f'{name} is {theirs[0].get(name)} on process 0 and {other.get(name)} on process '
-                                 f'{process}: start all processes with the same flags')
+                              f'{process}: start all processes with the same flags')
 
 
 def _flat(values: dict, prefix: str = '') -> dict:
@@ -171,7 +169,7 @@ def _flat(values: dict, prefix: str = '') -> dict:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Around (or as decorator of) a program's main: an exception in one process ends all of them, within seconds.
+    """End all processes within seconds of an exception in one of them; decorates a program's main.
 
     JAX would leave the others waiting in a collective, and the failed one waiting for them in its exit.
     """
@@ -191,7 +189,7 @@ def failing_together() -> Iterator[None]:
 
 
 def _end_with_the_others() -> None:
-    """A thread that looks every second whether another process has failed, and then ends this one: exit code 2."""
+    """Look every second, in a thread, whether another process has failed; then end this one: exit code 2."""
     while True:
         try:
             failures = distributed.global_state.client.key_value_dir_get(FAILURES)
@@ -207,7 +205,7 @@ def _end_with_the_others() -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends this process at once; process 0 a little later, for the service through which the others learn ends too."""
+    """End this process at once; process 0 a little later, for the service through which the others learn ends too."""
     sys.stdout.flush()
     sys.stderr.flush()
     if processes.index() == 0:

@@ -32,22 +32,7 @@ A turn of the loop scores the following block while it weights the present one: 
 matrix products fill the other's latencies.  Values past the length are zeroed in VMEM, for 0 · NaN is NaN; that also
 makes a row of length 0 zeros: its hidden scores are all equal, so that l is positive.
 
-Ladder (static model, tpu/static_cost.py: the compiler's schedule, not a measurement; ms on v5e / v6e; block x buffers)
-                                                                    d1                d2 (lengths 64..2048)
-  the bytes of the filled K and V at HBM's bandwidth                0.656 / 0.327     0.326 / 0.163
-  jax's ragged_paged_attention, page 128, 4 pages a block           0.662 / 0.608     0.409 / 0.375
-  v1 score, softmax, weight in turn; 512 x 3                        0.660 / 0.332     0.335 / 0.181
-     v1 256 x 8 (a turn's latency binds), 1024 x 2 (two buffers)                            / 0.217, / 0.213
-  v2 the next block scored meanwhile, q̂ made a sequence ahead; 512 x 4  0.661 / 0.332  0.335 / 0.172
-  v3 256 x 8: less code, more in flight                             0.660 / 0.332     0.334 / 0.169
-     v3 in pages of 128                                             0.660 / 0.332     0.334 / 0.169
-     v3 with two programs (the default, for v4 and v5p)             0.662 / 0.333     0.336 / 0.171
-  Default tiles, lengths as d2: OpenLLaMA 3B (H32 K32 D100) 1.035 / 0.520, bound 1.019 / 0.509.  SmolLM2 (H9 K3 D64)
-  0.087 / 0.064, bound 0.061 / 0.031: 192 lanes lie in 256, and on v6e a sequence's start and end bind.
-  The chip v4: d1 0.443 (bound 0.437); v5p: 0.198 (0.194); one program, on one of their two cores, takes twice that.
-  v4 int8 cache (bfloat16 in VMEM, factors on s and p), 512 x 8   0.346 / 0.192     0.179 / 0.127
-     its bytes at HBM's bandwidth                                   0.339 / 0.169     0.170 / 0.085
-     On v6e a turn takes longer than its DMA: the matrix units take the block in for 0.7 of it, latency is the rest.
+docs/KERNELS_LADDER.md has the versions that were tried and their times.
 An infinity among the keys makes all heads of its row NaN, not only its own.  Definition: kernels/reference.py.
 """
 import dataclasses
@@ -59,7 +44,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.decode_walk import LANES, Walk, tile_rows
+from kernels.decode_walk import LANES, RingWalk, tile_rows
 
 LOG2E = 1.4426950408889634
 HIDDEN = -1e30  # score of a slot past the length; finite, since -inf - -inf is NaN
@@ -70,7 +55,7 @@ INNER, OUTER = ((1,), (0,)), ((1,), (1,))  # x y and x yᵀ
 
 @dataclasses.dataclass(frozen=True)
 class DecodeTiles:
-    """Sizes that decide speed and memory; they change the result by reassociation only."""
+    """Holds sizes that decide speed and memory; they change the result by reassociation only."""
     block: int  # slots that one turn of the loop attends to
     buffers: int = 8  # blocks in VMEM: two being used, the others arriving
     cores: int = 2  # programs that share the sequences: v4 and v5p run two at once; elsewhere 1 is 0.5 to 1.3 % faster
@@ -85,23 +70,24 @@ class DecodeTiles:
 
 
 def default_tiles(kv_heads: int, D: int, dtype, page: int = 1) -> DecodeTiles:
-    """Blocks of about BLOCK_BYTES, of 64 (int8: 128) to 1024 slots, and whole pages: they hide a turn's latency."""
+    """Choose blocks of about BLOCK_BYTES, 64 (int8: 128) to 1024 slots and whole pages: they hide a turn's latency."""
     block = BLOCK_BYTES // (2 * cache_width(kv_heads, D) * jnp.dtype(dtype).itemsize)
     block = min(1024, max(LANES if dtype == jnp.int8 else 64, 1 << block.bit_length() - 1))
     return DecodeTiles(max(block // page, 1) * page)
 
 
 def round_up(x: int, multiple: int) -> int:
+    """Round `x` up to a multiple."""
     return -(-x // multiple) * multiple
 
 
 def cache_width(kv_heads: int, D: int) -> int:
-    """Lanes of one slot: the heads side by side, then what is left of the last 128 (never read)."""
+    """Count the lanes of one slot: the heads side by side, then what is left of the last 128 (never read)."""
     return round_up(kv_heads * D, LANES)
 
 
 def vmem_bytes(tiles: DecodeTiles, B: int, H: int, kv_heads: int, D: int, dtype, cache_dtype=None) -> int:
-    """VMEM that the kernel asks for; the compiler adds what it spills (up to 0.6 MiB seen)."""
+    """Sum the VMEM that the kernel asks for, in bytes; the compiler adds what it spills (up to 0.6 MiB seen)."""
     cache_dtype = jnp.dtype(cache_dtype or dtype)
     item, rows, width = jnp.dtype(dtype).itemsize, round_up(H, 16), cache_width(kv_heads, D)
     factors = tiles.buffers * 2 * round_up(kv_heads, 8) * tiles.block * 4
@@ -121,11 +107,13 @@ def vmem_bytes(tiles: DecodeTiles, B: int, H: int, kv_heads: int, D: int, dtype,
 
 
 def product(x, y, dims):
+    """Multiply matrices, summing in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(x, y, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def kernel(*refs, scale, paged, quantized, capacity):
+    """Attend for all sequences of one program, block after block."""
     layer_ref, lengths_ref, *refs = refs  # prefetch
     table_ref, *refs = refs if paged else (None, *refs)
     *refs, arrived, spread_ref, own_ref, wide_ref, s_ref, m_ref, l_ref, sum_ref = refs
@@ -136,11 +124,11 @@ def kernel(*refs, scale, paged, quantized, capacity):
     E = spread_ref.shape[1]
     begin = pl.program_id(0) * sequences
     end = jnp.minimum(begin + sequences, lengths_ref.shape[0])
-    walk = Walk(lengths_ref, table_ref, caches, factors_ref, ring_ref, factors_ring_ref, arrived, layer_ref[0], begin,
-                end, capacity)
+    walk = RingWalk(lengths_ref, table_ref, caches, factors_ref, ring_ref, factors_ring_ref, arrived, layer_ref[0],
+                    begin, end, capacity)
 
     def widen(b):
-        """q̂ of a sequence: each query head in the lanes of its key/value head."""
+        """Make q̂ of a sequence: each query head in the lanes of its key/value head."""
         q_HD = q_ref[jnp.minimum(b, end - 1) - begin]
         wide_ref[b & 1] = (product(q_HD, spread_ref[...], INNER) * own_ref[...]).astype(wide_ref.dtype)
 
@@ -149,7 +137,7 @@ def kernel(*refs, scale, paged, quantized, capacity):
         s_ref[...] = product(wide_ref[b & 1], ring_ref[buffer, 0, :, :E].astype(wide_ref.dtype), OUTER)
 
     def factors(buffer, which):
-        """Of the keys (0) or values (1) of a block, for each query head its key/value head's."""
+        """Read the factors of a block's keys (0) or values (1): for each query head its key/value head's."""
         K, block = factors_ring_ref.shape[2:]
         return jnp.concatenate([jnp.broadcast_to(factors_ring_ref[buffer, which, k:k + 1], (H // K, block))
                                 for k in range(K)], axis=0)
@@ -217,7 +205,7 @@ def kernel(*refs, scale, paged, quantized, capacity):
 
 def decode_attention(q_BHD, k_NBSW, v_NBSW, lengths_B, *, kv_heads: int, scale: float, layer=0, factors_NBCKS=None,
                      tiles: DecodeTiles | None = None, interpret=False) -> jax.Array:
-    """o_BHD of one query a sequence against the first lengths_B (int32) slots of its row of the cache.
+    """Compute o_BHD of one query a sequence against the first lengths_B (int32) slots of its row of the cache.
 
     Args:
       k_NBSW, v_NBSW: the whole cache in q's dtype, bfloat16 or float32, or int8; W = cache_width(kv_heads, D) lanes.
@@ -237,12 +225,12 @@ def decode_attention(q_BHD, k_NBSW, v_NBSW, lengths_B, *, kv_heads: int, scale: 
     if slots % rows:
         raise ValueError(f'{slots=} of the cache must be a multiple of {rows}: allocate {round_up(slots, rows)}')
     tiles = tiles or default_tiles(kv_heads, q_BHD.shape[2], k_NBSW.dtype)
-    return call(q_BHD, [k_NBSW, v_NBSW], factors_NBCKS, [lengths_B], kv_heads, scale, layer, tiles, slots, interpret)
+    return _call(q_BHD, [k_NBSW, v_NBSW], factors_NBCKS, [lengths_B], kv_heads, scale, layer, tiles, slots, interpret)
 
 
 def paged_decode_attention(q_BHD, pages_NPCRW, table_BP, lengths_B, *, kv_heads: int, scale: float, layer=0,
                            factors_NPCKR=None, tiles: DecodeTiles | None = None, interpret=False) -> jax.Array:
-    """The same where slot s of row b is row s % page of page table_BP[b, s // page] of a pool.
+    """Compute the same from a pool: slot s of row b is row s % page of page table_BP[b, s // page].
 
     Entries of the table past a sequence's length are not read.  An int8 pool's pages are multiples of 128.
     """
@@ -256,11 +244,11 @@ def paged_decode_attention(q_BHD, pages_NPCRW, table_BP, lengths_B, *, kv_heads:
     tiles = tiles or default_tiles(kv_heads, q_BHD.shape[2], pages_NPCRW.dtype, page)
     if tiles.block % page:
         raise ValueError(f'{tiles.block=} must be a multiple of {page=}')
-    return call(q_BHD, [pages_NPCRW], factors_NPCKR, [lengths_B, table_BP], kv_heads, scale, layer, tiles,
-                table_BP.shape[1] * page, interpret)
+    return _call(q_BHD, [pages_NPCRW], factors_NPCKR, [lengths_B, table_BP], kv_heads, scale, layer, tiles,
+                 table_BP.shape[1] * page, interpret)
 
 
-def call(q_BHD, caches, factors, tables, kv_heads, scale, layer, tiles, capacity, interpret):
+def _call(q_BHD, caches, factors, tables, kv_heads, scale, layer, tiles, capacity, interpret):
     B, H, D = q_BHD.shape
     E, W, quantized = kv_heads * D, cache_width(kv_heads, D), factors is not None
     dtype, cache_dtype = q_BHD.dtype, caches[0].dtype
@@ -299,26 +287,3 @@ def call(q_BHD, caches, factors, tables, kv_heads, scale, layer, tiles, capacity
             vmem_limit_bytes=vmem_bytes(tiles, B, H, kv_heads, D, dtype, cache_dtype) + SPARE),
         interpret=interpret, name='decode_attention' if len(tables) == 1 else 'paged_decode_attention',
     )(jnp.reshape(layer, 1).astype(jnp.int32), *tables, q_BHD, *caches)
-
-
-# ---------------------------------------------------------------- caches in the kernels' layout
-
-
-def make_cache(x_BSKD) -> jax.Array:
-    """[1, B, slots, W] of one layer's keys or values; added slots and lanes hold zeros."""
-    B, S, K, D = x_BSKD.shape
-    rows = LANES if x_BSKD.dtype == jnp.int8 else tile_rows(x_BSKD.dtype)
-    return jnp.pad(x_BSKD.reshape(1, B, S, K * D), ((0, 0), (0, 0), (0, -S % rows), (0, cache_width(K, D) - K * D)))
-
-
-def make_pages(k_BSKD, v_BSKD, table_BP, page: int) -> jax.Array:
-    """[1, pages, 2, page, W]: a pool with a page more than the table names, which holds zeros."""
-    both = jnp.stack([make_cache(x)[0].reshape(table_BP.size, page, -1) for x in (k_BSKD, v_BSKD)], axis=1)
-    pool = jnp.zeros((1, table_BP.size + 1, *both.shape[1:]), both.dtype)
-    return pool.at[0, table_BP.reshape(-1)].set(both)
-
-
-def quantize(x_BSKD) -> tuple[jax.Array, jax.Array]:
-    """int8 numbers and float32 factors_BKS: the largest of a slot's head becomes 127."""
-    factors_BSK = jnp.maximum(jnp.abs(x_BSKD.astype(jnp.float32)).max(-1), 1e-30) / 127
-    return jnp.round(x_BSKD / factors_BSK[..., None]).astype(jnp.int8), factors_BSK.swapaxes(1, 2)

@@ -28,13 +28,13 @@ LANES = 128
 
 
 def tile_rows(dtype) -> int:
-    """Slots are fetched in whole tiles: 16 of bfloat16, 8 of float32, 32 of int8."""
+    """Return the slots of a tile, in which they are fetched: 16 of bfloat16, 8 of float32, 32 of int8."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """A program's blocks, sequence after sequence; an item is (sequence, block of it, buffer).
+class RingWalk:
+    """Visits a program's blocks, sequence after sequence; an item is (sequence, block of it, buffer).
 
     A sequence of length 0 has one block, with nothing in it.
     """
@@ -59,30 +59,33 @@ class Walk:
         return self.caches[0].shape[3]
 
     def whole_tiles(self, slots):
+        """Round slots up to whole tiles."""
         rows = tile_rows(self.ring_ref.dtype)
         return pl.multiple_of((slots + rows - 1) & -rows, rows)
 
     def whole_lanes(self, slots):
-        """Of the factors, of which slots are the lanes: pages are brought whole."""
+        """Round slots up to whole lanes, as the factors need it; pages are brought whole."""
         unit = LANES if self.table_ref is None else self.page
         return pl.multiple_of(pl.cdiv(slots, unit) * unit, LANES)
 
     def length(self, b):
+        """Return the filled slots of sequence `b`."""
         return jnp.minimum(self.lengths_ref[jnp.minimum(b, self.end - 1)], self.capacity)
 
     def filled(self, item):
-        """Slots of the item's block that hold keys."""
+        """Count the slots of the item's block that hold keys."""
         b, j, _ = item
         return jnp.clip(self.length(b) - j * self.block, 0, self.block)
 
     def after(self, item):
+        """Return the item that follows."""
         b, j, buffer = item
         last = (j + 1) * self.block >= self.length(b)
         turn = buffer == self.ring_ref.shape[0] - 1
         return jnp.where(last, b + 1, b), jnp.where(last, 0, j + 1), jnp.where(turn, 0, buffer + 1)
 
     def fetch(self, item):
-        """Starts the DMAs of an item's block; none past the last."""
+        """Start the DMAs of an item's block; none past the last."""
         b, j, buffer = item
         filled = self.filled(item)
         copy = lambda source, target: pltpu.make_async_copy(source, target, self.arrived.at[buffer]).start()
@@ -114,7 +117,7 @@ class Walk:
                 lax.fori_loop(0, pl.cdiv(filled, self.page), fetch_page, None)
 
     def wait(self, item):
-        """Until all that `fetch` started for the item is there: a wait counts bytes, whatever brought them."""
+        """Wait until all that `fetch` started for the item is there: a wait counts bytes, whatever brought them."""
         b, _, buffer = item
         filled = self.filled(item)
 
@@ -127,7 +130,7 @@ class Walk:
                 pltpu.make_async_copy(place, place, self.arrived.at[buffer]).wait()
 
     def clear(self, item):
-        """Zeroes the values past the length, whose weight is 0: what lies there may be NaN, and 0 · NaN is NaN."""
+        """Zero the values past the length, whose weight is 0: what lies there may be NaN, and 0 · NaN is NaN."""
         buffer, filled, rows = item[2], self.filled(item), tile_rows(self.ring_ref.dtype)
         if self.factors_ref is not None:
             return  # int8 has no NaN

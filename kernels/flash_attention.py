@@ -7,11 +7,12 @@ r"""Flash attention for TPU in Pallas: exact softmax attention that never writes
                dv = pᵀ do,  dk = scale * dsᵀ q,  dq = scale * ds k          (5 products where two kernels need 7)
 
 Letters: B rows, T tokens (S as keys), H query and K key/value heads, D head dimension; R side of a square of scores.
-Definition: kernels/reference.py.  Algorithm: Dao, arXiv 2307.08691.  Tiles and VMEM: kernels/tiles.py.
+Definition: reference.py.  Tiles and VMEM: tiles.py.  Algorithm: Dao, arXiv 2307.08691.  docs/KERNELS_LADDER.md has the
+versions that were tried, their times, and why the layouts are what they are.
 
 Everything is K-major: scores lie as s_ST, keys along sublanes and queries along lanes.  So all that belongs to a query
-(m, l, lse, D_i, its segment) is one row [1, T], compact in HBM and in registers; o and dq are summed as o_DT, dq_DT
-and transposed once.  q comes multiplied by scale * log2(e): exponents are base 2, so is lse.
+(m, l, lse, D_i, its segment) is one row [1, T]; o and dq are summed as o_DT, dq_DT and transposed once.  q comes
+multiplied by scale * log2(e): exponents are base 2, so is lse.
 
   operand      HBM            block                 held for           dtype   buffers   VMEM at s1 (backward)
   q, do, dq    [B,H,T,D]      [heads, R, D]         query block        input   2         3 MiB
@@ -24,10 +25,6 @@ and transposed once.  q comes multiplied by scale * log2(e): exponents are base 
   dk, dv       scratch        [kv heads, T, D]      all passes         f32     1         2 MiB
   s, p, dp, ds stack          strip x strip         3 items in flight  both    -         5 MiB
                                                                        1 to spare: 16.25 MiB (tiles.vmem_bytes)
-The public arrays are [B,T,H,D] as projections make them.  The transposes below move little inside a layer: XLA lets
-the rotary embedding and the projection's product write [B,H,T,D], with D = 100 padded to 128 lanes by the layout.  (At
-D = 64 nothing is copied; at D = 100, v5e, forward and backward, four activations a layer are: LOG.md.)  D_i is fused
-with the product that makes do.
 
 A grid step is one square of R x R scores of `heads` heads.  Up to T = block a row is a single square (n = 1):
 
@@ -38,43 +35,12 @@ A grid step is one square of R x R scores of `heads` heads.  Up to T = block a r
    s       |\###|####|   own query block i    0 | 1 1 | 2 2 2 | 3 3 3 3      longer rows, n = 4 squares a side:
    |       | \##|####|   other (key) block    0 | 1 0 | 2 0 1 | 3 0 1 2      first the diagonal square, then the
    v       |  \#|####|                                                       others by online softmax
-The backward has key blocks for own and the query blocks after them for other.  This order is a table in SMEM, so
-squares without a visible score cost neither a step nor a DMA; with segments (a table for each row) those in which no
-segment can meet itself are stepped over, and the next square that is needed is fetched meanwhile.
-
-Items are emitted in pipelined order, because the compiler keeps to the order of the program:
-    step       0         1         2         3         the matrix units are in the products of two items
-    scores     item 0    item 1    item 2    item 3    (s of the next, o of the last), while the vector units
-    softmax              item 0    item 1    item 2    are in the softmax of the one between
-    output                         item 0    item 1
-
-Versions, static ms (the compiler's schedule, libtpu 0.0.42.1, 2026-11-22; not a measurement); forward if not said.
-  case                                                                         v5e      v6e
-  s1   the best of JAX's and tokamax's kernels; backward                       .917     .482;   1.908    .909
-       online softmax over a grid of 256 x 256 blocks                         1.442    1.296
-       the triangle in one straight program, strips of 512, not pipelined      .650     .403
-       pipelined order, diagonal cut at 256                                    .507     .298
-       query-major scores, 2 heads a step, diagonal cut at 128; 256            .459     .272    a second layout: dropped
-       K-major scores, 2 heads a step                                          .506     .235
-       K-major scores, 4 heads a step                                          .488     .218    <- this file
-       v transposed beforehand                                                 .487      -      no gain
-       l by a column of ones in p v (query-major)                              .711     .289    one more tile of columns
-  s1   backward: dq = dsᵀᵀ k, summed as [T, D]                                1.027     .510
-       backward: dq_DT = kᵀ ds, summed as [D, T]                              1.047     .471
-       backward: sums set to zero and always added to                         1.027     .465    <- this file
-  s4   backward, the two forms of dq                                     .290, .268  .141, .133
-  s3   grid of n x n squares, those above the diagonal skipped                3.744    1.701    idle steps hide no DMA
-       grid of the visible squares, from a table                              3.611    1.596    <- this file
-       1024 keys a turn                                                       3.646      -      code x 1.5
-       K and V of the whole row in VMEM                                       3.545    1.567    T limited by VMEM
-  s3   backward                                                               7.666    3.287    anchor 10.93, 5.48
-  s1   6 segments a row: blocks of 1024; 512; 256                    .543, .646, .737    -      masks beat skipping
-  s3   12 segments a row: blocks of 1024; 512; 256                2.593, 1.992, 2.513    -
-  s1   T = 1025: two squares of 1024; of 640                            1.940, .883    -      <- this file, the latter
-What binds, v5e: MXU .82 in the forward's hot section, .97 in the backward's; v6e: MXU .66 with VALU .64, and .93.
+The backward has key blocks for own and the query blocks after them for other.  Items are emitted in pipelined order
+(`pipelined`), because the compiler keeps to the order of the program.
 """
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +49,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.tiles import Plan, Tiles, make_plan, vmem_bytes
+from kernels.tiles import FlashPlan, FlashTiles, make_plan, vmem_bytes
 
 Array = jax.Array
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
@@ -95,8 +61,11 @@ PLAIN, BY_ROWS, BY_COLUMNS = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # x y, x 
 # ---------------------------------------------------------------- the order of the grid
 
 
-def squares(plan: Plan, segments_BT: Array | None, by_query: bool) -> tuple[Array, ...]:
-    """The grid's last dimension p: squares of the score matrix, in turn; tables for scalar prefetch.
+def squares(plan: FlashPlan, segments_BT: Array | None, by_query: bool) -> tuple[Array, ...]:
+    """List the squares of the score matrix in the order of the grid's last dimension p: tables for scalar prefetch.
+
+    Squares without a visible score cost neither a step nor a DMA: they are not in the tables, or, where segments hide
+    them, stepped over while the next square that is needed is fetched.
 
     own_P1      the query block (backward: the key block) whose results are being summed; it grows.  Its first square
                 is on the diagonal.  One more entry marks the end.
@@ -125,29 +94,45 @@ def squares(plan: Plan, segments_BT: Array | None, by_query: bool) -> tuple[Arra
     return *tables, fetched_BP.reshape(-1), needed_BP.reshape(-1).astype(jnp.int32)
 
 
-def square_of_step(plan: Plan, tables):
-    """Own block, other block, the one that is held in its place; on the diagonal? off it and needed? its own's last?"""
+class Square(NamedTuple):
+    """The square of a grid step; block numbers and flags are Python values where a row is one square, else traced."""
+    own: Array | int  # block whose results are summed
+    other: Array | int
+    held: Array | int  # block that VMEM holds in the place of `other`: another one where `other` is not needed
+    on_diagonal: Array | bool
+    off_diagonal: Array | bool  # and needed
+    last: Array | bool  # of its own block
+
+
+def square_of_step(plan: FlashPlan, tables) -> Square:
+    """Look up the square of this grid step in the tables of `squares`."""
     if plan.n == 1:
-        return 0, 0, 0, True, False, True
+        return Square(0, 0, 0, on_diagonal=True, off_diagonal=False, last=True)
     p = pl.program_id(3)
     own, other, held, needed = tables[0][p], tables[1][p], tables[1][p], True
     if plan.segments:
         row = pl.program_id(0) * len(tables[1]) + p
         held, needed = tables[2][row], tables[3][row] == 1
-    return own, other, held, own == other, (own != other) & needed, tables[0][p + 1] != own
+    return Square(own, other, held, own == other, (own != other) & needed, tables[0][p + 1] != own)
 
 
 # ---------------------------------------------------------------- inside the kernels
 
 
-def dot(x: Array, y: Array, dims, plan: Plan) -> Array:
-    """A matrix product summed in float32; float32 operands are multiplied in six passes of bfloat16."""
+def dot(x: Array, y: Array, dims, plan: FlashPlan) -> Array:
+    """Multiply matrices, summing in float32; float32 operands are multiplied in six passes of bfloat16."""
     precision = lax.Precision.HIGHEST if plan.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(x, y, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def pipelined(items, *stages) -> None:
-    """Emit stage k of item i at step i + k: the compiler keeps to the program's order, so units work side by side."""
+    """Emit stage k of item i at step i + k: the compiler keeps to the program's order, so units work side by side.
+
+    step       0         1         2         3         the matrix units are in the products of two items
+    scores     item 0    item 1    item 2    item 3    (s of the next, o of the last), while the vector units
+    softmax              item 0    item 1    item 2    are in the softmax of the one between
+    output                         item 0    item 1
+    """
     results = [{} for _ in stages]
     for step in range(len(items) + len(stages) - 1):
         for k, stage in enumerate(stages):
@@ -157,7 +142,7 @@ def pipelined(items, *stages) -> None:
 
 
 def hide(s_ST: Array, offset: int | None, key_ids_S1: Array | None, query_ids_1T: Array | None) -> Array:
-    """Scores without those of keys after their query, and of keys of another segment.
+    """Hide the scores of keys after their query, and of keys of another segment.
 
     `offset` is how far the first query is behind the first key; None: every key is before every query.
     """
@@ -167,7 +152,7 @@ def hide(s_ST: Array, offset: int | None, key_ids_S1: Array | None, query_ids_1T
     return s_ST if key_ids_S1 is None else jnp.where(key_ids_S1 == query_ids_1T, s_ST, HIDDEN)
 
 
-def fill_tail(plan: Plan, block, *fills) -> None:
+def fill_tail(plan: FlashPlan, block, *fills) -> None:
     """Overwrite what a block holds behind position T: HBM has nothing there, VMEM anything, and 0 * NaN is NaN.
 
     fills: (ref, axis of the positions, value).
@@ -181,22 +166,30 @@ def fill_tail(plan: Plan, block, *fills) -> None:
                 ref[tail] = jnp.full(shape, value, ref.dtype)
 
 
+def segment_ids(ids):
+    """Make two functions (start, size) -> ids: [1, size] of queries, [size, 1] of keys; None without segments.
+
+    ids: references of the query's and the key's block, or nothing.
+    """
+    of_queries = lambda start, size: ids[0][0, :, start:start + size] if ids else None
+    of_keys = lambda start, size: jnp.transpose(ids[1][0, :, pl.ds(start, size)]) if ids else None
+    return of_queries, of_keys
+
+
 # ---------------------------------------------------------------- forward
 
 
-def flash_forward(*refs, plan: Plan) -> None:
-    """One square of scores: tables | q, k, v, segment ids | o, lse | m, l and o_DT so far (where T > R)."""
+def forward_kernel(*refs, plan: FlashPlan) -> None:
+    """Compute one square of scores: tables | q, k, v, ids | o, lse | m, l and o_DT so far (where T > R)."""
     tables, (q_ref, k_ref, v_ref), ids, (o_ref, lse_ref, *scratch) = split(refs, plan, 3)
-    own, other, held, on_diagonal, off_diagonal, last = square_of_step(plan, tables)
+    square, (query_ids, key_ids) = square_of_step(plan, tables), segment_ids(ids)
     items = [(h, a, n) for h in range(plan.tiles.heads) for a, n in plan.strips]
     columns = lambda n: range(0, n, plan.tiles.diagonal)
     g = plan.tiles.diagonal
     key = lambda h, start, size: k_ref[0, plan.kv_head(h), pl.ds(start, size), :]
     query = lambda h, start, size: q_ref[0, h, start:start + size, :]
     value = lambda h, start, size: v_ref[0, plan.kv_head(h), pl.ds(start, size), :]
-    query_ids = lambda start, size: ids[0][0, :, start:start + size] if ids else None
-    key_ids = lambda start, size: jnp.transpose(ids[1][0, :, pl.ds(start, size)]) if ids else None
-    fill_tail(plan, held, (v_ref, 2, 0), *([(ids[1], 2, 0)] if ids else []))
+    fill_tail(plan, square.held, (v_ref, 2, 0), *([(ids[1], 2, 0)] if ids else []))
 
     def write(h, a, n, m_1T, l_1T, o_DT):
         o_DT, lse_1T = o_DT * (1 / l_1T), m_1T + jnp.log2(l_1T)
@@ -209,7 +202,7 @@ def flash_forward(*refs, plan: Plan) -> None:
         for ref, x in zip(scratch, sums, strict=True):
             ref[h, :, a:a + n] = x
 
-    @pl.when(on_diagonal)
+    @pl.when(square.on_diagonal)
     def _():
         left = (lambda a: a) if plan.causal else (lambda a: plan.R)  # keys that all queries of a strip see
         ids_S1 = key_ids(0, plan.R)
@@ -249,7 +242,7 @@ def flash_forward(*refs, plan: Plan) -> None:
         return
     m_ref, l_ref, o_sum_ref = scratch
 
-    @pl.when(off_diagonal)
+    @pl.when(square.off_diagonal)
     def _():
         def turn(u, _):
             start = pl.multiple_of(u * plan.turn, plan.turn)
@@ -276,7 +269,7 @@ def flash_forward(*refs, plan: Plan) -> None:
 
         lax.fori_loop(0, plan.R // plan.turn, turn, None)
 
-    @pl.when(last)
+    @pl.when(square.last)
     def _():
         for h, a, n in items:
             write(h, a, n, *(ref[h, :, a:a + n] for ref in scratch))
@@ -285,20 +278,19 @@ def flash_forward(*refs, plan: Plan) -> None:
 # ---------------------------------------------------------------- backward
 
 
-def flash_backward(*refs, plan: Plan, scale: float) -> None:
-    """One square: tables | q, k, v, do, lse, D_i, segment ids | dq, dk, dv | the sums dq_DT, dk, dv of the row."""
+def backward_kernel(*refs, plan: FlashPlan, scale: float) -> None:
+    """Compute one square: tables | q, k, v, do, lse, D_i, ids | dq, dk, dv | the sums dq_DT, dk, dv of the row."""
     tables, (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), ids, results = split(refs, plan, 6)
     dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = results
-    own, other, held, on_diagonal, off_diagonal, last = square_of_step(plan, tables)
+    square, (query_ids, key_ids) = square_of_step(plan, tables), segment_ids(ids)
+    own, other = square.own, square.other
     heads, kv_heads, R, g = plan.tiles.heads, plan.kv_heads, plan.R, plan.tiles.diagonal
     first, first_pass, last_pass = pl.program_id(3) == 0, pl.program_id(2) == 0, pl.program_id(2) == plan.passes - 1
-    query_ids = lambda start, size: ids[0][0, :, start:start + size] if ids else None
-    key_ids = lambda start, size: jnp.transpose(ids[1][0, :, pl.ds(start, size)]) if ids else None
 
     def span(start, size):
         return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, g), size)
 
-    fill_tail(plan, held, (q_ref, 2, 0), (do_ref, 2, 0), (lse_ref, 3, NO_KEY), (delta_ref, 3, 0))
+    fill_tail(plan, square.held, (q_ref, 2, 0), (do_ref, 2, 0), (lse_ref, 3, NO_KEY), (delta_ref, 3, 0))
     fill_tail(plan, own, (k_ref, 2, 0), (v_ref, 2, 0), *([(ids[1], 2, 0)] if ids else []))
 
     @pl.when(first)
@@ -310,7 +302,7 @@ def flash_backward(*refs, plan: Plan, scale: float) -> None:
         dk_sum_ref[...], dv_sum_ref[...] = jnp.zeros_like(dk_sum_ref), jnp.zeros_like(dv_sum_ref)
 
     def add_gradients(items, start, size):
-        """items: head, start (from `start`) and size of the keys, start and size of the queries, `hide`'s offset."""
+        """Add what the items give: head, start (from `start`) and size of keys, start and size of queries, offset."""
         ids_S1 = key_ids(start, size)
 
         def scores(h, a, w, c, n, offset):
@@ -335,7 +327,7 @@ def flash_backward(*refs, plan: Plan, scale: float) -> None:
 
         pipelined(items, scores, softmax, sums)
 
-    @pl.when(on_diagonal)
+    @pl.when(square.on_diagonal)
     def _():
         items = []
         for kv in range(kv_heads):
@@ -348,7 +340,7 @@ def flash_backward(*refs, plan: Plan, scale: float) -> None:
                         items += [(h, a, w, a + w, R - a - w, None)] if a + w < R else []
         add_gradients(items, 0, R)
 
-    @pl.when(off_diagonal)
+    @pl.when(square.off_diagonal)
     def _():
         def turn(u, _):
             start = pl.multiple_of(u * plan.turn, plan.turn)
@@ -357,13 +349,13 @@ def flash_backward(*refs, plan: Plan, scale: float) -> None:
 
         lax.fori_loop(0, R // plan.turn, turn, None)
 
-    @pl.when(last & last_pass)
+    @pl.when(square.last & last_pass)
     def _():
         for kv in range(kv_heads):
             dk_ref[0, kv] = (dk_sum_ref[kv, span(own * R, R)] * LN2).astype(plan.dtype)
             dv_ref[0, kv] = dv_sum_ref[kv, span(own * R, R)].astype(plan.dtype)
 
-    @pl.when(on_diagonal if plan.causal else own == plan.n - 1)
+    @pl.when(square.on_diagonal if plan.causal else own == plan.n - 1)
     def _():
         for h in range(heads):
             dq_ref[0, h] = (dq_sum_ref[h, :, span(other * R, R)] * scale).astype(plan.dtype).T
@@ -372,17 +364,17 @@ def flash_backward(*refs, plan: Plan, scale: float) -> None:
 # ---------------------------------------------------------------- the calls
 
 
-def split(refs, plan: Plan, inputs: int):
-    """(tables, inputs, segment ids of queries and keys, outputs and scratch) of a kernel's references."""
+def split(refs, plan: FlashPlan, inputs: int):
+    """Split a kernel's references: (tables, inputs, segment ids of queries and keys, outputs and scratch)."""
     tables = 0 if plan.n == 1 else 4 if plan.segments else 2
     ids = tables + inputs + 2 * plan.segments
     return refs[:tables], refs[tables:tables + inputs], refs[tables + inputs:ids], refs[ids:]
 
 
 class Blocks:
-    """BlockSpecs of one kernel over the grid (row, key/value heads, pass, square)."""
+    """Holds the BlockSpecs of one kernel over the grid (row, key/value heads, pass, square)."""
 
-    def __init__(self, plan: Plan, by_query: bool):
+    def __init__(self, plan: FlashPlan, by_query: bool):
         heads, kv_heads, R, D, passes = plan.tiles.heads, plan.kv_heads, plan.R, plan.D, plan.passes
 
         def own(b, p, tables):
@@ -408,8 +400,8 @@ class Blocks:
                                 lambda b, c, r, p, *t: (b, c, jnp.where(r == passes - 1, own(b, p, t), 0), 0))
 
 
-def call(kernel, plan, backward, segments_BT, inputs, in_specs, outputs, out_specs, scratch, interpret):
-    """pallas_call over the grid (row, key/value heads, pass, square), tables and segment ids added."""
+def _call(kernel, plan, backward, segments_BT, inputs, in_specs, outputs, out_specs, scratch, interpret):
+    """Call the kernel over the grid (row, key/value heads, pass, square), with tables and segment ids added."""
     tables = squares(plan, segments_BT, by_query=not backward)
     ids = [segments_BT[:, None]] * 2 if plan.segments else []
     axes = jax.typeof(inputs[0]).manual_axis_type  # of shard_map, over which the outputs vary as the inputs do
@@ -429,39 +421,19 @@ def call(kernel, plan, backward, segments_BT, inputs, in_specs, outputs, out_spe
             vmem_limit_bytes=vmem_bytes(plan, backward)))(*tables, *inputs, *ids)
 
 
-def forward(q_BHTD, k_BKSD, v_BKSD, segments_BT, plan: Plan, interpret) -> list[Array]:
-    """[o_BHTD, lse_BH1T] for q times scale * log2(e)."""
-    specs, heads, R = Blocks(plan, by_query=True), plan.tiles.heads, plan.R
-    return call(functools.partial(flash_forward, plan=plan), plan, False, segments_BT, (q_BHTD, k_BKSD, v_BKSD),
-                [specs.query, specs.key, specs.key, *specs.ids],
-                [(q_BHTD.shape, plan.dtype), ((plan.B, plan.H, 1, plan.T), jnp.dtype(jnp.float32))],
-                [specs.query, specs.row], [(heads, 1, R), (heads, 1, R), (heads, plan.D, R)] * (plan.n > 1), interpret)
-
-
-def backward(q_BHTD, k_BKSD, v_BKSD, do_BHTD, lse_BH1T, delta_BH1T, segments_BT, plan: Plan, scale, interpret):
-    """[dq_BHTD of the q before scaling, dk_BKSD, dv_BKSD]."""
-    specs, D, T = Blocks(plan, by_query=False), plan.D, plan.n * plan.R
-    return call(functools.partial(flash_backward, plan=plan, scale=scale), plan, True, segments_BT,
-                (q_BHTD, k_BKSD, v_BKSD, do_BHTD, lse_BH1T, delta_BH1T),
-                [specs.query, specs.key, specs.key, specs.query, specs.row, specs.row, *specs.ids],
-                [(x.shape, plan.dtype) for x in (q_BHTD, k_BKSD, v_BKSD)], [specs.dq, specs.dkv, specs.dkv],
-                [(plan.tiles.heads, D, T), (plan.kv_heads, T, D), (plan.kv_heads, T, D)], interpret)
-
-
 # ---------------------------------------------------------------- the public function
 
 
 def flash_attention(q_BTHD: Array, k_BSKD: Array, v_BSKD: Array, segments_BT: Array | None = None, *, scale: float,
-                    causal: bool = True, tiles: tuple[Tiles, Tiles] | None = None, interpret=False) -> Array:
-    """o_BTHD = softmax(scale * q kᵀ) v, each query over the keys it sees; differentiable in q, k and v.
+                    causal: bool = True, tiles: FlashTiles | None = None, interpret=False) -> Array:
+    """Compute o_BTHD = softmax(scale * q kᵀ) v, each query over the keys it sees; differentiable in q, k and v.
 
     Args:
       q_BTHD, k_BSKD, v_BSKD: bfloat16 or float32, one type; S = T, any T and D; query head h reads head h // (H / K).
         Float32 is computed to float32's precision (products in six passes of bfloat16).
       segments_BT: int32; tokens see their own segment alone.  0 is padding: such rows give zeros and zero gradients.
       causal: no token sees a later one.
-      tiles: of the forward and of the backward kernel; by default those of tuned_tiles.json for the device that is
-        compiled for.
+      tiles: of both kernels; by default those of tuned_tiles.json for the device that is compiled for.
       interpret: False for the TPU, pltpu.InterpretParams(...) for its interpreter.
 
     Inside jax.shard_map (check_vma=True), B and heads may be split; all arguments vary over the same axes.
@@ -481,35 +453,50 @@ def flash_attention(q_BTHD: Array, k_BSKD: Array, v_BSKD: Array, segments_BT: Ar
         raise ValueError(f'{segments_BT.shape=}, {segments_BT.dtype=} must be {(B, T)} and int32')
     if segments_BT is None and not causal:
         segments_BT = jnp.ones((B, T), jnp.int32) if T % 128 else None  # the kernel's padding hides what is behind T
-    return attention(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret)
+    return _vjp(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def attention(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret):
-    """flash_attention after its checks."""
-    return attention_forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret)[0]
+def _vjp(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret):
+    """Run flash_attention, after its checks."""
+    return _forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret)[0]
 
 
-def attention_forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret):
+def _forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpret):
+    """Transpose, scale q and call the forward kernel: (o_BTHD, what `_backward` needs)."""
     B, T, H, D = q_BTHD.shape
-    plan = make_plan(False, (B, T, H, k_BSKD.shape[2], D), q_BTHD.dtype, causal, segments_BT is not None, tiles,
-                     interpret)
+    plan = make_plan(backward=False, B=B, T=T, H=H, K=k_BSKD.shape[2], D=D, dtype=q_BTHD.dtype, causal=causal,
+                     segments=segments_BT is not None, tiles=tiles, interpret=interpret)
     q_BTHD = (q_BTHD.astype(jnp.float32) * (scale * LOG2E)).astype(q_BTHD.dtype)
     q_BHTD, k_BKSD, v_BKSD = (x.transpose(0, 2, 1, 3) for x in (q_BTHD, k_BSKD, v_BSKD))
-    o_BHTD, lse_BH1T = forward(q_BHTD, k_BKSD, v_BKSD, segments_BT, plan, interpret)
+    specs, heads, R = Blocks(plan, by_query=True), plan.tiles.heads, plan.R
+    o_BHTD, lse_BH1T = _call(
+        functools.partial(forward_kernel, plan=plan), plan, False, segments_BT, (q_BHTD, k_BKSD, v_BKSD),
+        [specs.query, specs.key, specs.key, *specs.ids],
+        outputs=[(q_BHTD.shape, plan.dtype), ((B, H, 1, T), jnp.dtype(jnp.float32))],
+        out_specs=[specs.query, specs.row],
+        scratch=[(heads, 1, R), (heads, 1, R), (heads, D, R)] * (plan.n > 1), interpret=interpret)
     o_BHTD, lse_BH1T = checkpoint_name(o_BHTD, 'o'), checkpoint_name(lse_BH1T, 'statistics')  # model/llama.py, SAVEABLE
     return o_BHTD.transpose(0, 2, 1, 3), (q_BHTD, k_BKSD, v_BKSD, o_BHTD, lse_BH1T, segments_BT)
 
 
-def attention_backward(scale, causal, tiles, interpret, saved, do_BTHD):
+def _backward(scale, causal, tiles, interpret, saved, do_BTHD):
+    """Call the backward kernel: (dq_BTHD of the q before scaling, dk_BSKD, dv_BSKD, None for the segments)."""
     q_BHTD, k_BKSD, v_BKSD, o_BHTD, lse_BH1T, segments_BT = saved
     B, H, T, D = q_BHTD.shape
-    plan = make_plan(True, (B, T, H, k_BKSD.shape[1], D), q_BHTD.dtype, causal, segments_BT is not None, tiles,
-                     interpret)
+    plan = make_plan(backward=True, B=B, T=T, H=H, K=k_BKSD.shape[1], D=D, dtype=q_BHTD.dtype, causal=causal,
+                     segments=segments_BT is not None, tiles=tiles, interpret=interpret)
     do_BHTD = do_BTHD.transpose(0, 2, 1, 3)
     delta_BH1T = jnp.sum(do_BHTD.astype(jnp.float32) * o_BHTD.astype(jnp.float32), -1)[:, :, None]
-    gradients = backward(q_BHTD, k_BKSD, v_BKSD, do_BHTD, lse_BH1T, delta_BH1T, segments_BT, plan, scale, interpret)
+    specs, padded = Blocks(plan, by_query=False), plan.n * plan.R
+    gradients = _call(
+        functools.partial(backward_kernel, plan=plan, scale=scale), plan, True, segments_BT,
+        (q_BHTD, k_BKSD, v_BKSD, do_BHTD, lse_BH1T, delta_BH1T),
+        [specs.query, specs.key, specs.key, specs.query, specs.row, specs.row, *specs.ids],
+        outputs=[(x.shape, plan.dtype) for x in (q_BHTD, k_BKSD, v_BKSD)], out_specs=[specs.dq, specs.dkv, specs.dkv],
+        scratch=[(plan.tiles.heads, D, padded), (plan.kv_heads, padded, D), (plan.kv_heads, padded, D)],
+        interpret=interpret)
     return *(x.transpose(0, 2, 1, 3) for x in gradients), None
 
 
-attention.defvjp(attention_forward, attention_backward)
+_vjp.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 def attention(q_BTHD, k_BSKD, v_BSKD, *, scale: float, query_positions_BT, key_positions_BS, query_segments_BT,
               key_segments_BS, dtype=jnp.float32) -> jax.Array:
-    """Returns o_BTHD in q's dtype; scores, softmax and sums are float32 (in another `dtype`: to see what that loses).
+    """Compute o_BTHD in q's dtype; scores, softmax and sums are float32 (in another `dtype`: to see what that loses).
 
     Query head h reads key/value head h // G, G = H / K.  Rows with no visible key (padding) give zeros.
     Positions and segments are int32.  Cost: the [B,H,T,S] scores are written to memory.
@@ -30,7 +30,7 @@ def attention(q_BTHD, k_BSKD, v_BSKD, *, scale: float, query_positions_BT, key_p
 
 
 def decode_attention(q_BHD, k_BSKD, v_BSKD, lengths_B, *, scale: float) -> jax.Array:
-    """o_BHD of one query a sequence, which sees the first lengths_B keys of its row; zeros where there are none."""
+    """Compute o_BHD of one query a sequence, which sees the first lengths_B keys of its row; zeros without any."""
     (B, H, D), (_, S, K, _) = q_BHD.shape, k_BSKD.shape
     seen_B11S = (jnp.arange(S)[None] < jnp.reshape(lengths_B, (B, 1)))[:, None, None]
     v_BSKD = jnp.where(seen_B11S[:, 0, 0, :, None, None], v_BSKD, 0).astype(jnp.float32)  # there may be NaN after them

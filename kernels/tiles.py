@@ -1,22 +1,27 @@
-"""How the flash attention kernels cut their work: tiles, what follows from them, and the VMEM they take.
+"""Plan how the flash attention kernels cut their work: tiles, what follows from them, and the VMEM they take.
 
 Letters: kernels/flash_attention.py, which reads this.  Tuned tiles: kernels/tuned.py.
 """
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import chips
 from kernels.tuned import tuned_tiles
 
 MIB = 2**20
+CHIPS = {  # the kind of a device, as JAX has it -> (the chip's name, bytes of VMEM of a TensorCore)
+    'TPU v4': ('v4', 16 * MIB), 'TPU v5 lite': ('v5e', 128 * MIB), 'TPU v5e': ('v5e', 128 * MIB),
+    'TPU v5': ('v5p', 64 * MIB), 'TPU v5p': ('v5p', 64 * MIB), 'TPU v6 lite': ('v6e', 128 * MIB),
+    'TPU v6e': ('v6e', 128 * MIB), 'TPU7x': ('v7x', 64 * MIB)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a kernel cuts its work.  Decides speed and memory; results differ only by the order of additions."""
+    """Holds how a kernel cuts its work: it decides speed and memory; results differ by the order of additions only."""
     heads: int  # query heads of a grid step: a divisor of H / K or a multiple of it
     block: int  # longest side of a square of scores, in tokens; a shorter row is one square
     strip: int  # queries (backward: keys) of one item of the pipelined program
@@ -33,9 +38,15 @@ class Tiles:
             raise ValueError(f'{self.diagonal=} must be a multiple of 128, the lanes of a TPU register')
 
 
+class FlashTiles(NamedTuple):
+    """Holds the tiles of both kernels."""
+    forward: Tiles
+    backward: Tiles
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static in one kernel: sizes (letters as in the file's docstring), tiles, and what follows from them."""
+class FlashPlan:
+    """Holds what is static in one kernel: sizes (flash_attention.py has the letters), tiles, and what follows."""
     B: int
     T: int
     H: int
@@ -84,16 +95,17 @@ class Plan:
         return [(a, min(self.tiles.strip, self.R - a)) for a in range(0, self.R, self.tiles.strip)]
 
     def kv_head(self, head: int) -> int:
+        """Return the key/value head that query head `head` reads, both counted within a grid step."""
         return head * self.kv_heads // self.tiles.heads
 
 
 def possible_heads(H: int, K: int) -> list[int]:
-    """How many query heads a grid step can take."""
+    """List how many query heads a grid step can take."""
     return [h for h in range(1, H + 1) if H % h == 0 and ((H // K) % h == 0 or h % (H // K) == 0)]
 
 
-def vmem_bytes(plan: Plan, backward: bool) -> int:
-    """An upper bound of the VMEM that a kernel takes; it is compiled with this as its limit."""
+def vmem_bytes(plan: FlashPlan, backward: bool) -> int:
+    """Bound the VMEM that a kernel takes, in bytes, from above; it is compiled with this as its limit."""
     lanes, item = pl.cdiv(plan.D, 128) * 128, plan.dtype.itemsize
     heads, kv_heads, R, T = plan.tiles.heads, plan.kv_heads, plan.R, plan.n * plan.R
     query, key = heads * R * lanes * item, kv_heads * R * lanes * item
@@ -111,24 +123,27 @@ def vmem_bytes(plan: Plan, backward: bool) -> int:
     return 2 * (windows + 2 * ids * plan.segments) + sums + min(scores, R * R) * size * item // 2 + MIB
 
 
-def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool, tiles, interpret) -> Plan:
-    """The plan of a kernel, with the tiles given, or the device's tuned ones, made smaller until they fit it.
+def device_kind() -> str:
+    """Name the kind of device that is compiled for: that of the mesh, which may be described only, or the first."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
-    sizes: B, T, H, K, D.  The device is that of the mesh that is compiled for, else the process's first.
+
+def make_plan(*, backward: bool, B: int, T: int, H: int, K: int, D: int, dtype, causal: bool, segments: bool,
+              tiles: FlashTiles | None, interpret) -> FlashPlan:
+    """Plan a kernel with the tiles given, or with the device's (`device_kind`) tuned ones, made smaller until they fit.
 
     Raises:
       ValueError: the tiles do not fit the sizes, no tiles are known for the device, or VMEM cannot hold so long a row.
     """
+    with_tiles = functools.partial(FlashPlan, B, T, H, K, D, causal, segments, dtype)
     if tiles is not None:
-        return Plan(*sizes, causal, segments, dtype, tiles[backward])
-    kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-    try:
-        chip = chips.find('v5e' if interpret else kind)
-    except ValueError as error:
-        raise ValueError(f'{kind=} of the device is no TPU that tiles are known for ({error}); compile under '
-                         'jax.set_mesh of a mesh of these, pass tiles=, or interpret=') from None
-    B, T, H, K, D = sizes
-    wanted = Tiles(**tuned_tiles('flash_backward' if backward else 'flash_forward', chip.name, T=T, D=D, group=H // K,
+        return with_tiles(tiles.backward if backward else tiles.forward)
+    kind = 'TPU v5e' if interpret else device_kind()
+    if kind not in CHIPS:
+        raise ValueError(f'{kind=} of the device is no TPU that tiles are known for ({", ".join(CHIPS)}); compile '
+                         'under jax.set_mesh of a mesh of these, pass tiles=, or interpret=')
+    chip, vmem = CHIPS[kind]
+    wanted = Tiles(**tuned_tiles('flash_backward' if backward else 'flash_forward', chip, T=T, D=D, group=H // K,
                                  causal=causal, segments=segments))
     if dtype == jnp.float32:  # a product takes six passes, thus six times the code, and twice the memory
         wanted = dataclasses.replace(wanted, heads=1, block=512, strip=256, turn=256)
@@ -136,9 +151,9 @@ def make_plan(backward: bool, sizes: tuple, dtype, causal: bool, segments: bool,
         for heads in (h for h in reversed(possible_heads(H, K)) if h <= wanted.heads):
             smaller = dataclasses.replace(wanted, heads=heads, block=block, strip=min(wanted.strip, block),
                                           turn=min(wanted.turn, block))
-            plan = Plan(*sizes, causal, segments, dtype, smaller)
-            if vmem_bytes(plan, backward) <= chip.vmem_bytes:
+            plan = with_tiles(smaller)
+            if vmem_bytes(plan, backward) <= vmem:
                 return plan
-    raise ValueError(f'{T=} is too long for {chip.name}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
-                     f'{vmem_bytes(plan, backward) / MIB:.0f} of {chip.vmem_bytes // MIB} MiB; '
+    raise ValueError(f'{T=} is too long for {chip}: the backward pass keeps dq, dk, dv of a row in VMEM and takes '
+                     f'{vmem_bytes(plan, backward) / MIB:.0f} of {vmem // MIB} MiB; '
                      'split the sequence over devices')

@@ -1,4 +1,4 @@
-"""The tiles that the tuner found best (tuned_tiles.json, written by kernels/tune.py), and which of them suit a call.
+"""Look up the tiles that the tuner found best: tuned_tiles.json, written by instruments/bench/tune.py.
 
 Each row of the file: kernel, chip, the sizes that decide (T, D, group = H / K, causal, segments), the tiles, the static
 time and the code size they had.  The file says with which versions and when it was made.
@@ -15,12 +15,13 @@ ALIKE = {'v4': 'v5e', 'v5p': 'v5e', 'v7x': 'v6e'}
 
 @functools.cache
 def table() -> tuple[dict, ...]:
+    """Read the rows of tuned_tiles.json."""
     return tuple(json.loads(PATH.read_text())['rows'])
 
 
 def tuned_tiles(kernel: str, chip: str, *, T: int, D: int, group: int, causal: bool = True,
                 segments: bool = False) -> dict:
-    """The tiles of the row whose sizes are nearest: T, D and group by the ratio, another mask like one octave.
+    """Return the tiles of the row whose sizes are nearest: T, D and group by the ratio, another mask like one octave.
 
     Raises:
       ValueError: the kernel was not tuned for the chip, nor for one like it.

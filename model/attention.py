@@ -1,4 +1,4 @@
-"""Which attention runs: chosen by name, never by fallback.
+"""Choose the attention that runs: by name, never by fallback.
 
   reference   kernels/reference.py: the definition, in einsum and softmax; writes all scores to memory
   pallas      kernels/flash_attention.py for many tokens, kernels/decode_attention.py for one: TPU kernels.  On any
@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import reference
 from kernels.decode_attention import decode_attention
 from kernels.flash_attention import flash_attention
+from kernels.tiles import device_kind
 from mistake import Mistake
 from model import cache as kv_cache
 
@@ -19,20 +20,19 @@ IMPLEMENTATIONS = ('reference', 'pallas')
 
 
 def resolve(name: str) -> str:
-    """The implementation that --attention names; empty means pallas on a TPU and reference elsewhere."""
+    """Resolve the name that --attention gives; empty means pallas on a TPU and reference elsewhere."""
     if name and name not in IMPLEMENTATIONS:
         raise Mistake(f'attention={name!r} is not implemented: use one of {" ".join(IMPLEMENTATIONS)}')
     return name or ('pallas' if on_tpu() else 'reference')
 
 
 def on_tpu() -> bool:
-    """Whether the program is compiled for a TPU: one of this process, or one that only the mesh describes."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind.startswith('TPU')
+    """Tell whether the program is compiled for a TPU."""
+    return device_kind().startswith('TPU')
 
 
 def interpreted(name: str) -> bool:
-    """Whether that implementation is a TPU kernel that has no TPU to run on."""
+    """Tell whether that implementation is a TPU kernel that has no TPU to run on."""
     return name == 'pallas' and not on_tpu()
 
 
@@ -41,7 +41,7 @@ def _interpret():
 
 
 def attend(name: str, q_BTHD, k_BTKD, v_BTKD, segments_BT) -> jax.Array:
-    """o_BTHD of causal attention within segments (0: padding; None: one segment a row), scale 1/sqrt(D)."""
+    """Compute o_BTHD of causal attention within segments (0: padding; None: one segment a row), scale 1/sqrt(D)."""
     B, T, _, D = q_BTHD.shape
     if name == 'pallas':
         return flash_attention(q_BTHD, k_BTKD, v_BTKD, segments_BT, scale=D ** -0.5, interpret=_interpret())
@@ -55,7 +55,7 @@ def attend(name: str, q_BTHD, k_BTKD, v_BTKD, segments_BT) -> jax.Array:
 
 def attend_cached(name: str, q_BTHD, k_BTKD, v_BTKD, cache: kv_cache.Cache, layer, positions_BT,
                   from_start: bool) -> jax.Array:
-    """o_BTHD of queries at `positions_BT` over the slots up to their own; k and v are in the cache already.
+    """Compute o_BTHD of queries at `positions_BT` over the slots up to their own; k and v are in the cache already.
 
     from_start: the T tokens are the first of their rows, so that their own k and v are all there is to see.
     Raises ValueError for several tokens that are not, with pallas: its kernels know the two cases of a server.

@@ -1,8 +1,7 @@
 """The key/value cache of decoding: one row per sequence, one slot per position.
 
 Row b holds its tokens from slot 0 on, so the key in slot s has position s, and a query at position p sees exactly the
-slots s <= p.  What lies in later slots (padding of a shorter prompt, or leftovers) is never seen, and decoding
-overwrites it.
+slots s <= p.  Later slots (padding of a shorter prompt, or leftovers) are never seen, and decoding overwrites them.
 
 A slot is one row of W numbers: the heads side by side, filled up to whole lanes.  That is how the decode kernel reads
 it: [S, K, D] would be padded to 128 lanes a head in a TPU's memory (kernels/decode_attention.py).
@@ -27,20 +26,20 @@ class Cache:
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype, mp: int = 1) -> Cache:
-    """An empty cache of `batch` rows of at least `length` slots, for one device of `mp` (at least one head each)."""
+    """Make an empty cache of `batch` rows of at least `length` slots, for one device of `mp` (each has a head)."""
     heads = max(1, config.num_key_value_heads // mp)
     shape = (config.num_hidden_layers, batch, round_up(length, SLOTS), cache_width(heads, config.head_dim))
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def longer(cache: Cache, length: int) -> Cache:
-    """The same with at least `length` slots."""
+    """Lengthen the cache to at least `length` slots."""
     more = max(0, round_up(length, SLOTS) - cache.k_NBSW.shape[2])
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
 
 
 def write(cache: Cache, layer: jax.Array, positions_BT: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> Cache:
-    """The cache with T consecutive new keys and values of one layer, row b's starting at slot positions_BT[b, 0]."""
+    """Write T consecutive new keys and values of one layer, row b's starting at slot positions_BT[b, 0]."""
 
     def put(slots_NBSW, new_BTKD):
         B, T, K, D = new_BTKD.shape
@@ -54,7 +53,7 @@ def write(cache: Cache, layer: jax.Array, positions_BT: jax.Array, k_BTKD: jax.A
 
 
 def read(cache: Cache, layer: jax.Array, K: int, D: int) -> tuple[jax.Array, jax.Array]:
-    """k_BSKD, v_BSKD of one layer."""
+    """Read k_BSKD, v_BSKD of one layer."""
     def take(x_NBSW):
         x_BSW = lax.dynamic_index_in_dim(x_NBSW, layer, keepdims=False)
         return x_BSW[:, :, :K * D].reshape(*x_BSW.shape[:2], K, D)

@@ -1,4 +1,4 @@
-"""What a LLaMA is made of: sizes, and the named models.  Next: model/partition.py, model/llama.py.
+"""The sizes of a LLaMA, and the named models.  Next: model/partition.py, model/llama.py.
 
 Letters used in every name of the code (local sizes inside `shard_map`):
 

@@ -12,23 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.config import Compute
-from model.llama import Array, Llama, gatherer
-from model.partition import all_gather, varies, varying
+from model.partition import all_gather, gather_weight, varies, varying
+from model.weights import Array, Llama
 
 CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MB
 
 
 def logits(params: Llama, h_BPM: Array) -> Array:
-    """z_BPV float32, V being this mp device's slice of the vocabulary."""
+    """Compute z_BPV float32, V being this mp device's slice of the vocabulary."""
     return _logits(all_gather(_head(params).astype(h_BPM.dtype), 'V/mp M/fsdp -> V/mp M'), h_BPM)
 
 
 def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array, compute: Compute) -> tuple[Array, Array]:
-    """(nll_BP float32, correct_BP bool): minus each target's log-likelihood, and whether it is the likeliest token.
+    """Compute (nll_BP float32, correct_BP bool): minus each target's log-likelihood, and whether it is the likeliest.
 
     h_BPM is whole on every mp device; the results are too.
     """
-    head_VM = gatherer(compute)(_head(params), 'V/mp M/fsdp -> V/mp M', h_BPM)
+    head_VM = gather_weight(_head(params), 'V/mp M/fsdp -> V/mp M', h_BPM, compute)
     return cross_entropy(head_VM, varying(h_BPM, ('mp',)), targets_BP)  # the gradients of h are summed over mp
 
 
@@ -42,11 +42,12 @@ def _logits(head_VM, h_BPM):
 
 @jax.custom_vjp
 def cross_entropy(head_VM: Array, h_BPM: Array, targets_BP: Array) -> tuple[Array, Array]:
-    """`token_cross_entropy`, given this device's rows of the head."""
+    """Compute `token_cross_entropy` from this device's rows of the head."""
     return cross_entropy_forward(head_VM, h_BPM, targets_BP)[0]
 
 
 def cross_entropy_forward(head_VM, h_BPM, targets_BP):
+    """Run the forward pass: ((nll_BP, correct_BP), what the backward pass keeps)."""
     local_BP = targets_BP - head_VM.shape[0] * lax.axis_index('mp')  # counted from this device's first row
 
     def chunk(carry, rows_CM, first, seen):
@@ -69,6 +70,7 @@ def cross_entropy_forward(head_VM, h_BPM, targets_BP):
 
 
 def cross_entropy_backward(saved, gradients):
+    """Run the backward pass: gradients of head_VM and h_BPM, from logits computed again."""
     head_VM, h_BPM, local_BP, lse_BP = saved
     dnll_BP, _ = gradients
 
@@ -92,11 +94,10 @@ cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)
 
 
 def _over_chunks(chunk, carry, head_VM, positions: int):
-    """`carry` after chunk(carry, rows_CM, first, seen) for C rows of the head after another, C * positions being
-    CHUNK_ELEMENTS at most.
+    """Run carry = chunk(carry, rows_CM, first, seen) over the head, C rows at a time, C * positions <= CHUNK_ELEMENTS.
 
-    first: of these rows; seen: so many of them were in the chunk before (the last one begins early to be as long as the
-    others).
+    first: number of the first row; seen: how many of these rows the previous chunk already covered (the last chunk
+    begins early, to be as long as the others).
     """
     V = head_VM.shape[0]
     count = -(-V * positions // CHUNK_ELEMENTS)
@@ -112,7 +113,7 @@ def _over_chunks(chunk, carry, head_VM, positions: int):
 
 
 def row_mean_loss(nll_BP, correct_BP, mask_BP, row_weight_B) -> tuple[Array, Array]:
-    """(loss, accuracy) as EasyLM defines them: the mean over all devices' rows of each row's mean over its targets.
+    """Average to EasyLM's (loss, accuracy): the mean over all devices' rows of each row's mean over its targets.
 
     A row without targets contributes 0 and counts (EasyLM); a row of weight 0 is padding and does not.
     Float32 scalars, equal on every device.
@@ -122,3 +123,23 @@ def row_mean_loss(nll_BP, correct_BP, mask_BP, row_weight_B) -> tuple[Array, Arr
     row_mean = lambda x_BP: (x_BP * mask_BP).sum(axis=-1) / targets_B
     mean = lambda x_BP: lax.psum((row_mean(x_BP) * row_weight_B).sum(), ('dp', 'fsdp')) / rows
     return mean(nll_BP), mean(correct_BP.astype(jnp.float32))
+
+
+def is_likeliest(params: Llama, h_BPM: Array, targets_BP: Array, vocabulary: int) -> Array:
+    """Tell, as correct_BP bool, whether each target is the likeliest of the ids below `vocabulary`.
+
+    h_BPM is whole on every mp device; the result is too.  No gradients.
+    """
+    head_VM = all_gather(_head(params).astype(h_BPM.dtype), 'V/mp M/fsdp -> V/mp M')
+    first_id, h_BPM = head_VM.shape[0] * lax.axis_index('mp'), varying(h_BPM, ('mp',))
+
+    def chunk(carry, rows_CM, first, seen):
+        best_BP, z_target_BP = carry
+        z_BPC, ids_11C = _logits(rows_CM, h_BPM), first_id + first + jnp.arange(rows_CM.shape[0])[None, None]
+        largest = lambda counts: jnp.where(counts, z_BPC, -jnp.inf).max(axis=-1)
+        return (jnp.maximum(best_BP, largest(ids_11C < vocabulary)),
+                jnp.maximum(z_target_BP, largest(ids_11C == targets_BP[..., None])))
+
+    none_BP = varying(jnp.full(targets_BP.shape, -jnp.inf), varies(h_BPM))
+    best_BP, z_target_BP = _over_chunks(chunk, (none_BP, none_BP), head_VM, none_BP.size)
+    return lax.pmax(z_target_BP, 'mp') >= lax.pmax(best_BP, 'mp')

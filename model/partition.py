@@ -1,77 +1,36 @@
-"""Where every array lives: the mesh, the one line per weight, and the collectives as before -> after strings.
+"""The mesh, and every collective of the network as a before -> after string.  Before: model/weights.py.
 
-A weight's line, `w_q: Array = weight('N M/fsdp HD/mp')`, is the only place that states its shape (letters of
-model/config.py), its sharding (mesh axis behind the slash) and its initialiser; init, PartitionSpec, checkpoint names
-and the optimizer's layout derive from it.  Mesh axes: dp splits the batch; fsdp splits the batch and the storage of
-weights; mp splits heads, ffn columns, the vocabulary, and the sequence between blocks.
-
-Collectives name their axis in the same notation: `all_gather(w, 'M/fsdp HD/mp -> M HD/mp')`.  Idea: MatX's seqax.
+Mesh axes: dp splits the batch; fsdp splits the batch and the storage of weights; mp splits heads, ffn columns, the
+vocabulary, and the sequence between blocks.  A collective names its axis in the notation of the weights' lines:
+`all_gather(w, 'M/fsdp HD/mp -> M HD/mp')`.  Idea: MatX's seqax.
 """
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mistake import Mistake
+from model.config import Compute
 
 AXES = ('dp', 'fsdp', 'mp')
 BATCH = PartitionSpec(('dp', 'fsdp'))  # of every array whose first dimension is the batch
-
-
-class WeightSpec(NamedTuple):
-    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), letters of the shape.
-
-    stacked: the leading axis counts layers, so statistics of "the matrix" are per slice of it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    partition: PartitionSpec
-    init: str
-    letters: tuple[str, ...]
-
-    @property
-    def stacked(self) -> bool:
-        return self.letters[0] == 'N'
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The mesh axes that split this weight; over the others it is replicated."""
-        return tuple(axis for axis in self.partition if axis)
+DTYPES = {'fp32': jnp.float32, 'float32': jnp.float32, 'bf16': jnp.bfloat16, 'bfloat16': jnp.bfloat16,
+          'fp16': jnp.float16, 'float16': jnp.float16}
 
 
 def pytree(cls):
-    """A frozen dataclass that JAX treats as a tree of its fields."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    return jax.tree_util.register_dataclass(cls, [field.name for field in dataclasses.fields(cls)], [])
+    """Make `cls` a frozen dataclass and a JAX tree of its fields (of those that are not `static`)."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-def weight(line: str, init: str = 'normal'):
-    """A weight's one line: 'letters/axis' per dimension, and its initialiser."""
-    return dataclasses.field(metadata=dict(line=line, init=init))
-
-
-def specs_of(cls, letters: dict[str, int], prefix: str = '') -> dict:
-    """{field: WeightSpec, or the same for a nested class} of a class whose fields are `weight` lines."""
-    specs = {}
-    for field in dataclasses.fields(cls):
-        if 'line' not in field.metadata:
-            specs[field.name] = field.type(**specs_of(field.type, letters, f'{prefix}{field.name}.'))
-            continue
-        names, axes = zip(*((dim + '/').split('/')[:2] for dim in field.metadata['line'].split()), strict=True)
-        specs[field.name] = WeightSpec(prefix + field.name, tuple(letters[name] for name in names),
-                                       PartitionSpec(*(axis or None for axis in axes)), field.metadata['init'], names)
-    return specs
+def static():
+    """Mark a field of a pytree as part of its structure: hashable, no array."""
+    return dataclasses.field(metadata=dict(static=True))
 
 
 # ---------------------------------------------------------------- collectives, inside shard_map
@@ -85,36 +44,37 @@ def _changed_dimension(before: str, after: str) -> tuple[int, str]:
 
 
 def all_gather(x: jax.Array, rewrite: str) -> jax.Array:
-    """'B T/mp M -> B T M': every device receives the whole T.  Its transpose is the reduce-scatter below."""
+    """Gather 'B T/mp M -> B T M': every device receives the whole T.  Its transpose is the reduce-scatter below."""
     dimension, axis = _changed_dimension(*rewrite.split(' -> '))
     return lax.all_gather(x, axis, axis=dimension, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
-    """'B T M -> B T/mp M': sums over the axis, each device keeping its part of T.  Transpose of all_gather."""
+    """Reduce 'B T M -> B T/mp M': sum over the axis, each device keeping its part of T.  Transpose of all_gather."""
     before, after = rewrite.split(' -> ')
     dimension, axis = _changed_dimension(after, before)
     return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
 
 
 def varies(x: jax.Array) -> tuple[str, ...]:
-    """The mesh axes along which `x` differs from device to device, as shard_map tracks them."""
+    """List the mesh axes along which `x` differs from device to device, as shard_map tracks them."""
     return tuple(axis for axis in AXES if axis in jax.typeof(x).manual_axis_type.varying)
 
 
 def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`x`, said to differ along `axes` (lax.pcast for those along which it does not yet): its transpose is a psum."""
+    """Cast `x` to differ along `axes` (lax.pcast for those along which it does not yet): its transpose is a psum."""
     missing = tuple(axis for axis in axes if axis not in varies(x))
     return lax.pcast(x, missing, to='varying') if missing else x
 
 
-def gather_weight(w: jax.Array, rewrite: str, x: jax.Array, *, dtype, reduce_dtype) -> jax.Array:
-    """The weight as a product with `x` takes it: in `dtype`, and gathered as `rewrite` says ('M -> M': as it is).
+def gather_weight(w: jax.Array, rewrite: str, x: jax.Array, compute: Compute) -> jax.Array:
+    """Cast `w` to the compute dtype and all-gather it as `rewrite` says ('M -> M': not at all), to multiply with `x`.
 
-    Rounded first, so that what travels is `dtype`.  The gradient comes back in w's dtype and sharding: cast to
-    `reduce_dtype`, reduce-scattered over the gathered axis, and what is left of it, not the gathered whole, is summed
-    over the axes along which x differs and the weight does not (dp; for a norm fsdp and mp too).
+    It is cast first, so that few bytes travel.  The gradient comes back in w's dtype and sharding: it is cast to
+    compute.reduce_gradients, reduce-scattered over the gathered axis, and then (the part that is left, not the gathered
+    whole) summed over the axes along which x differs and the weight does not: dp; for a norm fsdp and mp too.
     """
+    dtype, reduce_dtype = DTYPES[compute.dtype], DTYPES[compute.reduce_gradients or compute.dtype]
     before, after = rewrite.split(' -> ')
     dimension, axis = _changed_dimension(before, after) if before != after else (None, None)
     over = tuple(axis for axis in varies(x) if axis not in varies(w))
@@ -122,8 +82,8 @@ def gather_weight(w: jax.Array, rewrite: str, x: jax.Array, *, dtype, reduce_dty
     @jax.custom_vjp
     def gather(w):
         if w.dtype != dtype:
-            # As it sees only a rounded w, XLA:TPU would round all layers before the loop over them, and hold that copy
-            # of the model through the step (its bfloat16-propagation).  Bits behind a barrier are not its to round.
+            # XLA:TPU (bfloat16-propagation) would otherwise round all layers before the loop over them, and hold that
+            # copy of the model through the step.  It cannot round bits behind a barrier.
             bits = lax.optimization_barrier(lax.bitcast_convert_type(w, jnp.uint32))
             w = lax.bitcast_convert_type(bits, w.dtype).astype(dtype)
         w = varying(w, over)
@@ -147,7 +107,7 @@ def gather_weight(w: jax.Array, rewrite: str, x: jax.Array, *, dtype, reduce_dty
 
 
 def make_mesh(mesh_dim: str, devices: list | None = None) -> Mesh:
-    """A mesh over ('dp', 'fsdp', 'mp') from EasyLM's grammar.
+    """Make a mesh over ('dp', 'fsdp', 'mp') from EasyLM's grammar.
 
     '1,4,2' positional; 'dp:1,mp:2,fsdp:4' named, all three in any order, the order being the mesh's own; one -1 takes
     what is left; a leading '!' keeps the devices in plain order instead of the order that suits the chip's links.
@@ -185,7 +145,22 @@ def _read_mesh_dim(mesh_dim: str, text: str) -> tuple[tuple[str, ...], list[int]
 
 
 def factorizations(devices: int) -> list[str]:
-    """Every --mesh_dim of so many devices, as 'dp,fsdp,mp'."""
+    """List every --mesh_dim of so many devices, as 'dp,fsdp,mp'."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     splits = [(dp, fsdp) for dp in divisors for fsdp in divisors if devices % (dp * fsdp) == 0]
     return [f'{dp},{fsdp},{devices // dp // fsdp}' for dp, fsdp in splits]
+
+
+# ---------------------------------------------------------------- the batch's rows
+
+
+def rows_unit(mesh: Mesh | AbstractMesh) -> int:
+    """Return dp * fsdp: a batch has a multiple of so many rows."""
+    return mesh.shape['dp'] * mesh.shape['fsdp']
+
+
+def check_rows(rows: int, mesh: Mesh | AbstractMesh, flag: str) -> None:
+    """Raise Mistake, naming the flag that says `rows`, unless every device gets as many of them, at least one."""
+    if rows < 1 or rows % rows_unit(mesh):
+        raise Mistake(f'{flag}={rows} must be divisible by dp*fsdp={rows_unit(mesh)} of the mesh '
+                      f'{dict(mesh.shape)}: change it or --mesh_dim')

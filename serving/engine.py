@@ -1,4 +1,4 @@
-"""Text in, text or scores out: a batched engine of a few compiled programs.  Before: sampling.py; after: thread.py.
+"""Generate and score text in batches, with a few compiled programs.  Before: sampling.py; after: thread.py.
 
 Requests are sorted by length and cut into batches of `batch_size` rows (dummy rows fill the last one).  Prompts are
 padded on the right to a length bucket, 16 32 64 128 ..., so programs are few and padding is below a factor of two:
@@ -15,7 +15,7 @@ Each is one `jax.shard_map` over ('dp', 'fsdp', 'mp'): rows split over dp and fs
 are compiled ahead of use and kept (`compilations` counts them): a shape seen before, or warmed up, never waits again.
 
 EasyLM's server pads on the left behind one bos, with positions that skip the padding: the sequence is the one we pad on
-the right.  Only for a text without any prefix the padding matters there, and here: see `_first_token`.
+the right.  The padding matters only to a text without any prefix, there and here: see `_first_token`.
 """
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -31,9 +31,10 @@ from data.tokenizer import Tokenizer
 from mistake import Mistake
 from model.cache import Cache, init_cache, longer
 from model.config import Compute, LlamaConfig
-from model.llama import DTYPES, Llama, hidden_states, partitions
-from model.loss import logits, token_cross_entropy
-from model.partition import BATCH, all_gather, pytree
+from model.llama import hidden_states
+from model.loss import is_likeliest, logits, token_cross_entropy
+from model.partition import BATCH, DTYPES, all_gather, check_rows, pytree
+from model.weights import Llama, partitions
 from serving import beams
 from serving.sampling import choose, row_keys
 
@@ -60,8 +61,8 @@ class Generation(NamedTuple):
     truncated: bool
 
 
-class Rows(NamedTuple):
-    """What stays the same of a batch while it is decoded; [B] each.  real: not a dummy row."""
+class BatchRows(NamedTuple):
+    """The part of a batch that stays the same while it is decoded; [B] each.  real: not a dummy row."""
 
     lengths_B: np.ndarray
     requests_B: np.ndarray
@@ -70,7 +71,7 @@ class Rows(NamedTuple):
 
 
 @pytree
-class State:
+class Decoding:
     """A batch in decoding.  output_BW holds the `step` tokens chosen; token_B, the last, is not yet in the cache."""
 
     cache: Cache
@@ -83,9 +84,9 @@ class State:
 
 
 class ScoreRow(NamedTuple):
-    """One row to score: its tokens; the positions whose next token is asked for, and that token; whose question it is.
+    """One row to score: its tokens, the positions whose next token is asked for, and that token.
 
-    spans: (pair, its slice of positions and targets).
+    spans: (pair that asks, its slice of positions and targets).
     """
 
     tokens: list[int]
@@ -95,8 +96,9 @@ class ScoreRow(NamedTuple):
 
 
 def score_rows(pairs: list[tuple[list[int], list[int]]]) -> list[ScoreRow]:
-    """The rows that answer all (prefix, text) pairs.  Texts of one token after the same prefix share a row: the answers
-    of a classification cost one pass together.  A text of no tokens has no row.
+    """Make the rows that answer all (prefix, text) pairs.  A text of no tokens has none.
+
+    Texts of one token after the same prefix share a row: the answers of a classification cost one pass together.
     """
     rows, shared = [], {}
     for pair, (before, after) in enumerate(pairs):
@@ -118,7 +120,7 @@ def score_rows(pairs: list[tuple[list[int], list[int]]]) -> list[ScoreRow]:
 
 
 def rolling_windows(ids: list[int], bos: int, window: int) -> list[tuple[list[int], list[int]]]:
-    """(before, after) pairs that score each of `ids` once, no pair longer than `window` + 1 tokens: EasyLM's windows.
+    """Cut (before, after) pairs that score each of `ids` once, none longer than `window` + 1 tokens: EasyLM's windows.
 
     The first begins with bos, each other with the token before its first; they do not overlap, except that the last is
     moved to the left until it is full, so that what it scores has more before it.
@@ -131,14 +133,14 @@ def rolling_windows(ids: list[int], bos: int, window: int) -> list[tuple[list[in
 
 
 def before_stops(text: str, stops: list[str]) -> str:
-    """`text` up to the first of each stop text, one after the other, as EasyLM cuts it."""
+    """Cut `text` before the first of each stop text, one after the other, as EasyLM does."""
     for stop in stops:
         text = text.split(stop, maxsplit=1)[0]
     return text
 
 
 def bucket(length: int, limit: int, smallest: int, per_octave: int = 1) -> int:
-    """The smallest of `smallest` * 2^n * (1 + i / per_octave), or `limit` itself, that holds `length` <= limit."""
+    """Find the smallest of `smallest` * 2^n * (1 + i / per_octave), or `limit` itself, that holds `length` <= limit."""
     size = smallest
     while 2 * size < length:
         size *= 2
@@ -149,6 +151,8 @@ def bucket(length: int, limit: int, smallest: int, per_octave: int = 1) -> int:
 class Engine:
     """Generates from and scores with one model.  Not thread-safe: one thread calls it (EngineThread).
 
+    params: cast here to the dtype of `compute`, which says how the network is computed.  mesh: batch_size must be a
+    multiple of its dp*fsdp.  seed: of the draws; same seed, same sequence of requests, same answers.
     input_length: most tokens of a prompt, bos included.  seq_length - input_length: most new tokens (EasyLM's meaning).
     top_k 0 and top_p 1.0 switch their filter off; do_sample=False makes every request greedy, or with num_beams above 1
     a beam search, for which temperature, top_k and top_p mean nothing.
@@ -161,11 +165,11 @@ class Engine:
                  do_sample: bool = True, num_beams: int = 1, add_bos_token: bool = True, seed: int = 42,
                  score_buckets: int = 1):
         check_lengths(input_length, seq_length, config)
-        check_sampling(top_k, top_p, do_sample, num_beams)
-        check_batch_size(batch_size, mesh)
+        check_beams(do_sample, num_beams)
+        check_rows(batch_size, mesh, 'batch_size')
         if tokenizer.vocab_size > config.vocab_size:
             raise Mistake(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size=}: '
-                             'they do not belong together (--tokenizer.vocab_file)')
+                          'they do not belong together (--tokenizer.vocab_file)')
         # the network casts each weight to the compute dtype before use anyway: doing it once saves memory and reading
         self._params = jax.tree.map(lambda x: x.astype(DTYPES[compute.dtype]), params)
         self.config, self.compute, self.tokenizer, self.mesh = config, compute, tokenizer, mesh
@@ -180,13 +184,14 @@ class Engine:
 
     @property
     def max_new_tokens(self) -> int:
+        """Most tokens of an answer."""
         return self.seq_length - self.input_length
 
     # ------------------------------------------------------------ requests
 
     def generate(self, prompts: list[str], temperature: float, max_new_tokens: int | None = None,
                  progress: Callable[[int], None] = lambda done: None) -> list[Generation]:
-        """One Generation per prompt, in order.  temperature 0 is greedy; `progress` hears how many prompts are new.
+        """Return one Generation per prompt, in order.  temperature 0 is greedy; progress(n): n more prompts are done.
 
         A prompt's tokens depend on the seed, the number of prompts ever before it and the temperature, and not on the
         batch around it.  At most seq_length - input_length new tokens; max_new_tokens can lower that.
@@ -206,13 +211,13 @@ class Engine:
             else:
                 outputs = self._generate_batch(batch, [first + i for i in chosen], temperature, budget)
             for i, output in zip(chosen, outputs, strict=True):
-                ids, truncated = encoded[i]
-                answers[i] = self._answer(output, len(ids), truncated)
+                (prompt, truncated), (ids, reason) = encoded[i], self._until_eos(output)
+                answers[i] = Generation(self._text(ids), ids, len(prompt), reason, truncated)
             progress(len(chosen))
         return answers
 
     def greedy_until(self, prompts: list[str], stops: list[list[str]], max_length: int) -> list[Generation]:
-        """The greedy continuation of each prompt, cut before its first stop text; at most max_length tokens, or EOS.
+        """Continue each prompt greedily until EOS, max_length tokens, or its first stop text, before which it is cut.
 
         An answer longer than seq_length - input_length is made in several windows: each begins with the last tokens, at
         most input_length with bos, of prompt and answer so far (`truncated` says whether any were dropped).  token_ids
@@ -244,9 +249,10 @@ class Engine:
 
     def loglikelihood(self, prefixes: list[str], texts: list[str],
                       progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
-        """(log-likelihood of text after prefix in nats, whether greedy decoding would give that text) of each pair.
+        """Score each pair: (log-likelihood of text after prefix in nats, whether greedy decoding would give that text).
 
-        Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.
+        Prefix and text are tokenised apart and joined, as EasyLM does it; only the text's tokens are scored.  Greedy
+        decoding chooses no id that only pads the vocabulary, though the likelihoods are those among all ids.
         Several texts of one token after the same prefix cost no more than one of them.  A text of no tokens has
         likelihood 1 and is greedy.  The first token of a text without prefix: see `_first_token`.
         Raises RequestError for a pair longer than seq_length, FloatingPointError for a score that is not finite.
@@ -260,11 +266,12 @@ class Engine:
         answers = self._score_pairs(pairs, progress)
         for index, token in firsts.items():
             first_V, (score, greedy) = self._first_token(), answers[index]
-            answers[index] = score + float(first_V[token]), bool(greedy and first_V[token] == first_V.max())
+            likeliest = first_V[token] == first_V[:self.tokenizer.vocab_size].max()
+            answers[index] = score + float(first_V[token]), bool(greedy and likeliest)
         return answers
 
     def loglikelihood_rolling(self, texts: list[str]) -> list[tuple[float, bool]]:
-        """(log-likelihood of all tokens of the text in nats, whether each is the likeliest) of each text of any length.
+        """Score each text, of any length: (log-likelihood of all its tokens in nats, whether each is the likeliest).
 
         The first token follows bos (also where prompts go without bos); a text longer than seq_length is scored in
         windows (`rolling_windows`).  Raises FloatingPointError for a score that is not finite.
@@ -276,7 +283,7 @@ class Engine:
         return [(sum((score for score, _ in part), 0.0), all(greedy for _, greedy in part)) for part in parts]
 
     def _first_token(self) -> np.ndarray:
-        """log p [V] of every token as the first of a text without prefix: a constant of the model, computed once.
+        """Compute log p [V] of every token as the first of a text without prefix, once: it is a constant of the model.
 
         EasyLM's definition: it pads the missing prefix, hides the padding from every token, and asks the last padding
         token.  That token sees bos alone and not itself, and no later token sees it.
@@ -307,31 +314,27 @@ class Engine:
         return answers
 
     def _encode(self, prompt: str, index: int) -> list[int]:
-        """The ids of a prompt, without bos.  Raises RequestError where the model would see nothing at all."""
+        """Encode a prompt, without bos.  Raises RequestError where the model would see nothing at all."""
         ids = self.tokenizer.encode(prompt)
         if not self._bos + ids:
             raise RequestError(f'prefix_text[{index}] is empty, and there is no bos (--add_bos_token=False) to go on')
         return ids
 
     def _window(self, ids: list[int]) -> tuple[list[int], bool]:
-        """(bos and the last of `ids`, input_length at most together, whether the first were cut off)."""
+        """Cut to (bos and the last of `ids`, input_length at most together, whether the first were cut off)."""
         room = self.input_length - len(self._bos)
         return self._bos + ids[-room:], len(ids) > room
 
     def _encode_pair(self, prefix: str, text: str, index: int) -> tuple[list[int], list[int]]:
-        """(bos and prefix, text) as token ids; nothing is cut off: the score of a part says nothing of the whole."""
+        """Encode (bos and prefix, text) and cut nothing off: the score of a part says nothing of the whole."""
         before, after = self._bos + self._encode(prefix, index), self.tokenizer.encode(text)
         if len(before) + len(after) > self.seq_length + 1:
             raise RequestError(f'prefix_text[{index}] and text[{index}] have {len(before)} (with bos) and {len(after)} '
                                f'tokens: at most {self.seq_length + 1} together (seq_length + 1) can be scored')
         return before, after
 
-    def _answer(self, output: list[int], prompt_tokens: int, truncated: bool) -> Generation:
-        ids, reason = self._until_eos(output)
-        return Generation(self._text(ids), ids, prompt_tokens, reason, truncated)
-
     def _until_eos(self, output: list[int]) -> tuple[list[int], str]:
-        """(the tokens before EOS, finish_reason) of one row."""
+        """Split off (the tokens before EOS, finish_reason) of one row."""
         eos = self.tokenizer.eos_token_id
         return (output[:output.index(eos)], 'stop') if eos in output else (output, 'length')
 
@@ -340,7 +343,7 @@ class Engine:
         return self.tokenizer.decode(ids).removeprefix(' ')
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Indices of requests, those of like length together, at most batch_size in a batch."""
+        """Sort the indices of requests into batches of at most batch_size, those of like length together."""
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         return [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
@@ -348,7 +351,7 @@ class Engine:
 
     def _generate_batch(self, prompts: list[list[int]], requests: list[int], temperature: float, budget: int,
                         stopped: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
-        """The tokens chosen for each prompt; a row that stopped early repeats EOS.
+        """Choose the tokens for each prompt; a row that stopped early repeats EOS.
 
         stopped(row, its tokens): asked every CHECK_EVERY tokens whether the row may stop.
         """
@@ -370,15 +373,15 @@ class Engine:
             raise FloatingPointError('logits are not finite: the weights may be damaged')
         return np.asarray(state.output_BW)[:len(prompts), :int(state.step)].tolist()
 
-    def _stop(self, state: State, count: int, stopped: Callable[[int, list[int]], bool]) -> State:
-        """The state in which the rows that `stopped` answers yes for have finished."""
+    def _stop(self, state: Decoding, count: int, stopped: Callable[[int, list[int]], bool]) -> Decoding:
+        """Mark as finished the rows that `stopped` answers yes for."""
         output_BW, finished_B = np.asarray(state.output_BW)[:, :int(state.step)], np.array(state.finished_B)
         for row in range(count):
             finished_B[row] = finished_B[row] or stopped(row, output_BW[row].tolist())
         return dataclasses.replace(state, finished_B=finished_B, running=~finished_B.all())
 
     def _beam_batch(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
-        """The tokens of each prompt's best beam."""
+        """Find the tokens of each prompt's best beam."""
         tokens_BT, rows = self._prompts(prompts, [0] * len(prompts), 0.0)
         output_BW, finite_B, step = jax.device_get(
             self._run('beams', self._params, tokens_BT, rows, np.int32(budget)))
@@ -386,20 +389,21 @@ class Engine:
             raise FloatingPointError('logits are not finite: the weights may be damaged')
         return output_BW[:len(prompts), :int(step)].tolist()
 
-    def _prompts(self, prompts: list[list[int]], requests: list[int], temperature: float) -> tuple[np.ndarray, Rows]:
-        """(tokens_BT padded to a bucket, what stays the same of the batch)."""
+    def _prompts(self, prompts: list[list[int]], requests: list[int],
+                 temperature: float) -> tuple[np.ndarray, BatchRows]:
+        """Make (tokens_BT padded to a bucket, the batch's rows)."""
         tokens_BT = self._padded(prompts, bucket(max(map(len, prompts)), self.input_length, SMALLEST_PROMPT))
-        return tokens_BT, Rows(
+        return tokens_BT, BatchRows(
             self._column([len(prompt) for prompt in prompts], np.int32, dummy=1),
             self._column([request % 2**32 for request in requests], np.uint32),
             self._column([temperature] * len(prompts), np.float32), self._column([True] * len(prompts), bool))
 
     def _longer(self, length: int, needed: int) -> int:
-        """The next cache length: double, at least SMALLEST_CACHE, at most the bucket of prompt and whole answer."""
+        """Return the next cache length: double, at least SMALLEST_CACHE, at most the bucket of prompt and answer."""
         return min(max(2 * length, SMALLEST_CACHE), bucket(needed, self.seq_length, SMALLEST_CACHE))
 
     def _score_batch(self, rows: list[ScoreRow]) -> tuple[np.ndarray, np.ndarray]:
-        """(nll_BP, correct_BP) of the rows' targets; what lies beyond a row's targets means nothing."""
+        """Score the rows' targets: (nll_BP, correct_BP), meaningless beyond a row's targets."""
         longest, most = max(len(row.tokens) for row in rows), max(len(row.targets) for row in rows)
         length = bucket(longest, self.seq_length, SMALLEST_PROMPT, self._score_buckets)
         count = bucket(most, max(most, self.seq_length), SMALLEST_TEXT)
@@ -419,7 +423,7 @@ class Engine:
 
     # ------------------------------------------------------------ the programs, inside shard_map
 
-    def _prefill(self, params, tokens_BT, rows: Rows) -> State:
+    def _prefill(self, params, tokens_BT, rows: BatchRows) -> Decoding:
         B, T = tokens_BT.shape
         cache = init_cache(self.config, B, T, DTYPES[self.compute.dtype], lax.axis_size('mp'))
         # padding stands after a row's last token, where causality hides it from every token that matters
@@ -427,10 +431,11 @@ class Engine:
                                      cache=cache)
         h_B1M = jnp.take_along_axis(h_BTM, rows.lengths_B[:, None, None] - 1, axis=1)
         output_BW = jnp.zeros((B, self.max_new_tokens), jnp.int32)
-        state = State(cache, output_BW[:, 0], output_BW, ~rows.real_B, jnp.ones(B, bool), jnp.int32(0), jnp.bool_(True))
+        state = Decoding(cache, output_BW[:, 0], output_BW, ~rows.real_B, jnp.ones(B, bool), jnp.int32(0),
+                         jnp.bool_(True))
         return self._choose(params, state, h_B1M, rows)
 
-    def _decode(self, params, state: State, rows: Rows, limit) -> State:
+    def _decode(self, params, state: Decoding, rows: BatchRows, limit) -> Decoding:
         def step(state):
             positions_B1 = (rows.lengths_B + state.step - 1)[:, None]
             h_B1M, cache = hidden_states(params, state.token_B[:, None], jnp.ones_like(positions_B1), self.config,
@@ -439,8 +444,8 @@ class Engine:
 
         return lax.while_loop(lambda state: state.running & (state.step < limit), step, state)
 
-    def _choose(self, params, state: State, h_B1M, rows: Rows) -> State:
-        """Chooses token number `step` of every row.  Every mp device sees all logits, so all of them choose alike."""
+    def _choose(self, params, state: Decoding, h_B1M, rows: BatchRows) -> Decoding:
+        """Choose token number `step` of every row.  Every mp device sees all logits, so all of them choose alike."""
         logits_BV, finite_B = self._next_logits(params, h_B1M)
         keys_B = row_keys(self.seed, rows.requests_B, rows.lengths_B + state.step)
         token_B = choose(logits_BV, keys_B, rows.temperature_B, self.top_k, self.top_p)
@@ -448,18 +453,19 @@ class Engine:
         finished_B = state.finished_B | (token_B == self.tokenizer.eos_token_id)
         # the devices of one loop must leave it together: their layers exchange data
         running = lax.pmax(~finished_B.all(), ('dp', 'fsdp'))
-        return State(state.cache, token_B, lax.dynamic_update_slice(state.output_BW, token_B[:, None], (0, state.step)),
-                     finished_B, state.finite_B & (finite_B | state.finished_B), state.step + 1, running)
+        output_BW = lax.dynamic_update_slice(state.output_BW, token_B[:, None], (0, state.step))
+        return Decoding(state.cache, token_B, output_BW, finished_B, state.finite_B & (finite_B | state.finished_B),
+                        state.step + 1, running)
 
     def _next_logits(self, params, h_B1M):
-        """(logits_BV of the next token on every mp device, whether they are finite)."""
+        """Compute (logits_BV of the next token on every mp device, whether they are finite)."""
         logits_BV = all_gather(logits(params, h_B1M)[:, 0], 'B V/mp -> B V')
         # ids past the tokenizer's last (a vocabulary padded to a round size) mean nothing
         meant_V = jnp.arange(logits_BV.shape[-1]) < self.tokenizer.vocab_size
         return jnp.where(meant_V, logits_BV, -jnp.inf), jnp.isfinite(logits_BV).all(axis=-1)
 
-    def _beams(self, params, tokens_BT, rows: Rows, limit):
-        """(output_BW, finite_B, step) of a beam search of `limit` tokens.  Each prompt has E rows of the cache."""
+    def _beams(self, params, tokens_BT, rows: BatchRows, limit):
+        """Search with beams for `limit` tokens: (output_BW, finite_B, step).  Each prompt has E rows of the cache."""
         (B, T), E = tokens_BT.shape, self.num_beams
         length = bucket(T + self.max_new_tokens, self.seq_length, SMALLEST_CACHE)
         cache = init_cache(self.config, B, length, DTYPES[self.compute.dtype], lax.axis_size('mp'))
@@ -490,17 +496,20 @@ class Engine:
                                                 choose_next(search, cache, jnp.ones(B, bool), h_R1M))
         return beams.best(search), finite_B, search.step
 
-    def _grow(self, state: State, length: int) -> State:
+    def _grow(self, state: Decoding, length: int) -> Decoding:
         return dataclasses.replace(state, cache=longer(state.cache, length))
 
     def _score(self, params, tokens_BT, positions_BP, targets_BP):
-        """(nll_BP float32, correct_BP bool) of targets_BP as the tokens after positions_BP."""
+        """Score targets_BP as the tokens after positions_BP: (nll_BP float32, correct_BP bool)."""
         h_BTM, _ = hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), self.config, self.compute)
         h_BPM = jnp.take_along_axis(h_BTM, positions_BP[..., None], axis=1)
-        return token_cross_entropy(params, h_BPM, targets_BP, self.compute)
+        nll_BP, correct_BP = token_cross_entropy(params, h_BPM, targets_BP, self.compute)
+        if self.tokenizer.vocab_size < self.config.vocab_size:  # as in _next_logits: greedy decoding takes no such id
+            correct_BP = is_likeliest(params, h_BPM, targets_BP, self.tokenizer.vocab_size)
+        return nll_BP, correct_BP
 
     def _first(self, params):
-        """log p [V] of the token after a padding token that sees bos alone.
+        """Compute log p [V] of the token after a padding token that sees bos alone.
 
         In the cache bos has slot 0 and the padding token slot 1, but its position is 0: it sees slot 0 only.  No kernel
         is made for that, so the reference computes these two tokens.
@@ -515,13 +524,13 @@ class Engine:
     # ------------------------------------------------------------ compiling
 
     def warm_up(self, programs: tuple[str, ...] = PROGRAMS) -> Iterator[None]:
-        """Compiles, without running, every program that a request of the named kinds can need; yields after each.
+        """Compile, without running, every program that a request of the named kinds can need; yields after each.
 
-        Of loglikelihood, those for texts of up to SMALLEST_TEXT tokens; longer texts, and rolling ones, compile when
-        they come.
+        loglikelihood compiles for texts of up to SMALLEST_TEXT tokens; programs of longer texts, and of rolling ones,
+        compile when these come.
         """
         B, shape = self.batch_size, jax.ShapeDtypeStruct
-        rows = Rows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
+        rows = BatchRows(*(shape((B,), dtype) for dtype in (np.int32, np.uint32, np.float32, bool)))
         answers = {'generate', 'chat'} & set(programs)
         if answers and self.num_beams > 1:
             for length in self._buckets(self.input_length):
@@ -555,7 +564,7 @@ class Engine:
         return self._compile(name, *arguments, static=static)(*arguments)
 
     def _compile(self, name: str, *arguments, static: int | None = None) -> jax.stages.Compiled:
-        """The program `name` for the shapes of `arguments` (arrays or ShapeDtypeStructs), kept or compiled now."""
+        """Return the program `name` for the shapes of `arguments` (arrays or ShapeDtypeStructs), kept or compiled."""
         key = (name, static, *(x.shape for x in jax.tree.leaves(arguments)))
         if key not in self._programs:
             function, in_specs, out_specs, donated = self._definition(name, static)
@@ -568,17 +577,16 @@ class Engine:
         return self._programs[key]
 
     def _shardings(self, specs):
-        """How arguments and results lie between two programs: as in `specs`, but the rows of a batch, which are small
-        and which the host writes and reads, lie whole on every device: every process can do both."""
+        """Return shardings as `specs`, but with batch rows replicated, so that every host can write and read them."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, PartitionSpec() if spec == BATCH else spec), specs,
                             is_leaf=lambda node: isinstance(node, PartitionSpec))
 
     def _definition(self, name: str, static: int | None):
-        """(function, in_specs, out_specs, donated arguments) of a program."""
+        """Define a program: (function, in_specs, out_specs, donated arguments)."""
         params, everywhere = partitions(self.config), PartitionSpec()
-        rows = Rows(BATCH, BATCH, BATCH, BATCH)
+        rows = BatchRows(BATCH, BATCH, BATCH, BATCH)
         slots = PartitionSpec(None, BATCH[0], None, 'mp')
-        state = State(Cache(slots, slots), BATCH, BATCH, BATCH, BATCH, everywhere, everywhere)
+        state = Decoding(Cache(slots, slots), BATCH, BATCH, BATCH, BATCH, everywhere, everywhere)
         return {
             'prefill': (self._prefill, (params, BATCH, rows), state, ()),
             'grow': (lambda state: self._grow(state, static), (state,), state, ()),
@@ -590,31 +598,17 @@ class Engine:
 
 
 def check_lengths(input_length: int, seq_length: int, config: LlamaConfig) -> None:
-    """Raises Mistake naming the flags: 2 <= input_length < seq_length <= max_sequence_length."""
+    """Raise Mistake naming the flags, unless 2 <= input_length < seq_length <= max_sequence_length."""
     if not 2 <= input_length < seq_length:
         raise Mistake(f'{input_length=} must be at least 2 and less than {seq_length=}: their difference is the '
-                         'number of new tokens (--input_length, --seq_length)')
+                      'number of new tokens (--input_length, --seq_length)')
     if seq_length > config.max_sequence_length:
         raise Mistake(f'{seq_length=} is more than the model was made for, {config.max_sequence_length=}: '
-                         'lower --seq_length (and --input_length)')
+                      'lower --seq_length (and --input_length)')
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises Mistake naming the flags unless every device gets the same number of rows, at least one."""
-    replicas = mesh.shape['dp'] * mesh.shape['fsdp']
-    if batch_size < 1 or batch_size % replicas:
-        raise Mistake(f'{batch_size=} must be a multiple of dp*fsdp={replicas}, over which its rows are split: '
-                         'change --lm_server.batch_size (evaluate.py: --batch_size) or --mesh_dim')
-
-
-def check_sampling(top_k: int, top_p: float, do_sample: bool = True, num_beams: int = 1) -> None:
-    """Raises Mistake naming the flag."""
-    if top_k < 0:
-        raise Mistake(f'{top_k=} must be at least 0; 0 switches it off (--top_k)')
-    if not 0 < top_p <= 1:
-        raise Mistake(f'{top_p=} must be above 0 and at most 1; 1.0 switches it off (--top_p)')
-    if num_beams < 1:
-        raise Mistake(f'{num_beams=} must be at least 1; 1 is no beam search (--num_beams)')
+def check_beams(do_sample: bool, num_beams: int) -> None:
+    """Raise Mistake naming the flags for a search that is told to draw."""
     if num_beams > 1 and do_sample:
         raise Mistake(f'{num_beams=} searches and does not draw, but {do_sample=}: add --do_sample=False, or leave '
-                         '--num_beams out')
+                      '--num_beams out')

@@ -1,4 +1,4 @@
-"""Who may ask, in which form, how much and how slowly: an ASGI middleware before the endpoints.  After: api.py."""
+"""Refuse requests by their sender, form, size and slowness, before the endpoints: ASGI middleware.  After: api.py."""
 import asyncio
 
 from fastapi.responses import JSONResponse
@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
 
 
-class Guard:
+class RequestGuard:
     """Refuses by Host header, Content-Type (application/json, not compressed), size and time of the body.
 
     max_body_bytes: of one request.  body_seconds: how long its body may take to arrive.
@@ -55,7 +55,7 @@ class Guard:
         return None
 
     async def _body(self, receive) -> bytes | None:
-        """The whole body, or None as soon as it is larger than allowed."""
+        """Read the whole body; None as soon as it is larger than allowed."""
         body, more = b'', True
         while more:
             message = await receive()

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits: greedy, or temperature, then top-k, then top-p, then one draw.
+"""Choose the next token from the logits: greedy, or temperature, then top-k, then top-p, then one draw.
 
   p = softmax(logits / temperature), restricted to the top_k largest logits, then to the smallest set of the likeliest
   tokens whose probabilities (among those k) sum to at least top_p, then renormalised.  temperature = 0 is argmax.
@@ -15,14 +15,14 @@ MIN_TEMPERATURE = 1e-8
 
 
 def row_keys(seed, requests_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """One random key per row: fold_in(fold_in(key(seed), request), position)."""
+    """Make one random key per row: fold_in(fold_in(key(seed), request), position)."""
     key = jax.random.key(seed)
     return jax.vmap(lambda request, position: jax.random.fold_in(jax.random.fold_in(key, request), position))(
         requests_B, positions_B)
 
 
 def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """The logits that top-k and top-p leave, in descending order: (logits_BC float32, tokens_BC int32).
+    """Keep the logits that top-k and top-p leave, in descending order: (logits_BC float32, tokens_BC int32).
 
     C = top_k (V where top_k is 0, which switches it off).  Logits outside the top-p set are -inf; the likeliest token
     always stays.
@@ -37,7 +37,7 @@ def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> tuple[jax.Array,
 
 
 def choose(logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """The next token of every row, int32 [B].  Rows with temperature 0 are greedy (the first of equal maxima)."""
+    """Choose every row's next token, int32 [B].  Rows with temperature 0 are greedy (the first of equal maxima)."""
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw():

@@ -1,10 +1,10 @@
-"""One thread that owns JAX, and the bounded line of requests before it.  Before: engine.py; after: api.py."""
+"""Give JAX to one thread, with a bounded line of requests before it.  Before: engine.py; after: api.py."""
 import threading
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from serving.engine import PROGRAMS, RequestError
-from serving.followers import Line
+from serving.followers import CallLine
 
 
 class QueueFull(Exception):
@@ -16,14 +16,14 @@ class EngineFailed(Exception):
 
 
 class EngineThread:
-    """One thread calls the engine; requests stand in a bounded line before it.
+    """Calls the engine from one thread; requests stand in a bounded line before it.
 
     Work is one call of a method of the engine: `submit('generate', prompts=..., temperature=...)`.  The first work is
     to warm up.  A RequestError or FloatingPointError concerns one request; after any other exception no work is done
     (`failure`).  line: where other processes hear of each call before it is made.
     """
 
-    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS, line: Line | None = None):
+    def __init__(self, engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS, line: CallLine | None = None):
         self.failure: BaseException | None = None
         self._engine, self._line = engine, line
         self._closing = False
@@ -35,11 +35,14 @@ class EngineThread:
 
     @property
     def ready(self) -> bool:
-        """Warmed up, not failed, not closing."""
+        """Whether it is warmed up, and has not failed, and is not closing."""
         return self.warm.done() and self.failure is None and not self._closing
 
     def submit(self, method: str, **arguments) -> Future:
-        """A Future of engine.method(**arguments); raises QueueFull or EngineFailed.  What it raises is in it."""
+        """Queue engine.method(**arguments); the Future carries its result or exception.
+
+        Raises QueueFull or EngineFailed.
+        """
         if self.failure is not None:
             raise EngineFailed
         if not self._places.acquire(blocking=False):
@@ -64,7 +67,7 @@ class EngineThread:
             self._line.await_followers(lambda: self._closing)
 
     def close(self) -> None:
-        """Waits for the work that is under way or in line, not for warming up; afterwards nothing may be submitted."""
+        """Wait for the work that is under way or in line, not for warming up; submit nothing afterwards."""
         self._closing = True
         self._executor.shutdown(wait=True)
         if self._line is not None:

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from instruments.tpu import compile as tpu_compile
-from program import flags
+from program import assets
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 if importlib.util.find_spec('libtpu'):
@@ -23,14 +23,14 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 @pytest.fixture(scope='session')
 def golden() -> pathlib.Path:
-    """tests/golden: numbers that other systems produced (tests/golden/README.md)."""
+    """tests/golden: numbers that other systems produced (tests/README.md says by which)."""
     return GOLDEN
 
 
 @pytest.fixture(scope='session')
 def smollm2_gguf() -> pathlib.Path:
     """The real model of the quickstart, which `make test` fetches first."""
-    path = flags.cache_directory() / 'smollm2-135m-instruct' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+    path = assets.cache_directory() / 'smollm2-135m-instruct' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
     if not path.is_file():
         pytest.skip('the model is not there: python fetch.py --name=smollm2-135m-instruct')
     return path

@@ -22,7 +22,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import serve
-from program import flags
+from program import flags, parse
 from serving.api import Options, make_app
 from serving.engine import Generation, RequestError
 from serving.thread import EngineFailed, EngineThread
@@ -421,11 +421,11 @@ def test_a_client_that_leaves_the_line_is_forgotten(served, engine):
 @pytest.fixture
 def start(monkeypatch):
     """serve.main with flags, up to where it would open the model."""
-    def no_model(config):
+    def no_model(load, compute):
         raise ValueError('reached the model')
 
     monkeypatch.setattr(serve, 'open_model', no_model)
-    return lambda *arguments: serve.main(flags.parse(['serve.py', *arguments], flags.SERVE, ''))
+    return lambda *arguments: serve.main(parse.parse(['serve.py', *arguments], flags.SERVE, ''))
 
 
 def test_a_taken_port_is_named_before_the_model_is_opened(start):
@@ -467,11 +467,11 @@ def test_pre_compile_takes_easylms_names(pre_compile, names):
 def test_every_flag_of_the_http_side_reaches_it():
     """The fields of Options that are flags have the flags' names, defaults and values."""
     own = {'body_seconds', 'allowed_hosts'}
-    assert serve.options_of(flags.parse(['serve.py'], flags.SERVE, '').lm_server) == Options()
+    assert serve.options_of(parse.parse(['serve.py'], flags.SERVE, '').lm_server) == Options()
     names = {field.name for field in dataclasses.fields(Options)} - own
     given = {name: {str: name, bool: True, int: 7, float: 0.5}[type(getattr(Options(), name))] for name in names}
     arguments = [f'--lm_server.{name}={value}' for name, value in given.items()]
-    assert serve.options_of(flags.parse(['serve.py', *arguments], flags.SERVE, '').lm_server) == Options(**given)
+    assert serve.options_of(parse.parse(['serve.py', *arguments], flags.SERVE, '').lm_server) == Options(**given)
 
 
 @pytest.mark.parametrize('host, warns', [('127.0.0.1', False), ('localhost', False), ('0.0.0.0', True)])
@@ -491,7 +491,7 @@ def test_a_model_without_weights_or_with_a_foreign_tokenizer_is_refused(monkeypa
     own, given = SimpleNamespace(fingerprint='own'), SimpleNamespace(fingerprint='given')
     monkeypatch.setattr(serve, 'read_tokenizer', lambda spec: own)
     with pytest.raises(ValueError, match=message):
-        serve.load_engine(flags.parse(['serve.py', *arguments], flags.SERVE, ''), SimpleNamespace(tokenizer=given))
+        serve.load_engine(parse.parse(['serve.py', *arguments], flags.SERVE, ''), SimpleNamespace(tokenizer=given))
 
 
 def test_the_program_serves_1066_prompts_and_ends_cleanly(golden, tmp_path):

@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-import train
 from model.config import LlamaConfig
-from program import flags
+from program import flags, parse, settings
+from program.model import find_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = {'train': ('python3 -m EasyLM.models.llama.llama_train', flags.TRAIN),
@@ -28,7 +28,7 @@ def printed(golden, name: str) -> list[str]:
 def test_a_printed_command_is_understood_word_for_word(golden, name, count):
     """Each flag that the command gives has the value given; all others have the default of the table."""
     words, (_, table) = printed(golden, name), PROGRAMS[name]
-    config = flags.parse(words, table, '')
+    config = parse.parse(words, table, '')
     given = dict(word.removeprefix('--').split('=', 1) for word in words[1:])
     assert len(given) == count
     for flag in table:
@@ -45,18 +45,18 @@ def test_a_printed_command_is_understood_word_for_word(golden, name, count):
 
 def test_the_printed_training_command_means_the_article_s_run(golden):
     """OpenLLaMA 3B on mesh 1,4,2, and the optimizer that multiplies by the parameters' scale at a constant rate."""
-    config = flags.parse(printed(golden, 'train'), flags.TRAIN, '')
-    sizes, remat = train.model_flags(config)
+    config = parse.parse(printed(golden, 'train'), flags.TRAIN, '')
+    sizes, compute = find_config(settings.read_load(config), None), settings.read_compute(config)
     assert sizes == LlamaConfig(32000, 3200, 8640, 26, 32, max_sequence_length=2048, rms_norm_eps=1e-6)
-    assert not any(remat.values())
-    hyper = train.read_hyperparameters(config.optimizer, config.total_steps)
+    assert not compute.remat_block and not compute.remat_attention and not compute.remat_mlp
+    hyper, accumulate = settings.read_optimizer(config, config.total_steps)
     assert hyper.multiply_by_parameter_scale and hyper.bf16_momentum and (hyper.b1, hyper.b2) == (0.9, 0.9)
     assert [float(hyper.schedule(n)) for n in (0, 184, 1845)] == [0.0, pytest.approx(2e-4), pytest.approx(2e-4)]
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading of the README."""
-    table = re.search(rf'^#+ {re.escape(heading)}$.*?\n(\|.*?)\n\n', text, re.DOTALL | re.MULTILINE).group(1)
+    """The cells of the first table below a heading of a document."""
+    table = re.search(rf'^#+ {re.escape(heading)}$.*?\n((?:\|[^\n]*\n)+)', text, re.DOTALL | re.MULTILINE).group(1)
     return [[cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]] for line in table.splitlines()[2:]]
 
 
@@ -68,9 +68,9 @@ def assert_tests_exist(cell: str) -> None:
         assert re.search(rf'^def {name}\(', (ROOT / f'tests/{file}.py').read_text(), re.MULTILINE), (file, name)
 
 
-def test_the_readme_s_table_lists_the_article_s_flags_with_the_default_and_help_of_flags_py(golden):
+def test_the_table_lists_the_article_s_flags_with_the_default_and_help_of_flags_py(golden):
     """All flags of both commands stand in it, each with our default, our help, and tests that exist."""
-    rows = rows_of((ROOT / 'README.md').read_text(), "The article's flags and requests")
+    rows = rows_of((ROOT / 'docs/EASYLM.md').read_text(), "The article's flags and requests")
     flag_rows = {row[0].strip('`').removeprefix('--'): row[1:] for row in rows if row[0].startswith('`--')}
     given = {word.removeprefix('--').split('=', 1)[0] for name in PROGRAMS for word in printed(golden, name)[1:]}
     assert set(flag_rows) == given
@@ -80,8 +80,8 @@ def test_the_readme_s_table_lists_the_article_s_flags_with_the_default_and_help_
         assert_tests_exist(tests)
 
 
-def test_the_readme_s_table_lists_every_endpoint():
-    rows = rows_of((ROOT / 'README.md').read_text(), "The article's flags and requests")
+def test_the_table_lists_every_endpoint():
+    rows = rows_of((ROOT / 'docs/EASYLM.md').read_text(), "The article's flags and requests")
     endpoints = {row[0].strip('`'): row for row in rows if not row[0].startswith('`--')}
     served = set(re.findall(r"@app\.(get|post)\('(/[\w-]*)'", (ROOT / 'serving/api.py').read_text()))
     assert set(endpoints) == {f'{method.upper()} {path}' for method, path in served}
@@ -90,5 +90,5 @@ def test_the_readme_s_table_lists_every_endpoint():
 
 
 def test_the_flag_reference_is_what_flags_py_says():
-    """docs/FLAGS.md is the output of `python -m program.flags`."""
-    assert (ROOT / 'docs/FLAGS.md').read_text() == flags.reference()
+    """docs/FLAGS.md is the output of `python -m program.parse`."""
+    assert (ROOT / 'docs/FLAGS.md').read_text() == parse.reference()

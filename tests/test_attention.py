@@ -8,12 +8,14 @@ from helpers import QUICK, TINY
 
 from data.batches import Batch
 from data.tokenizer import load_tokenizer
-from model import attention, llama
+from model import attention
 from model.config import Compute
 from model.partition import make_mesh
+from model.weights import abstract_params, init_params
 from serving.engine import Engine
 from training import loop, step
 from training.optimizer import AdamW
+from training.state import init_state
 
 HYPER = AdamW(lr=1e-3, end_lr=1e-3, lr_warmup_steps=0, lr_decay_steps=10, multiply_by_parameter_scale=True)
 SMALL = dataclasses.replace(TINY, num_hidden_layers=2)
@@ -37,8 +39,8 @@ def test_a_training_step_with_pallas_equals_the_reference(mp):
     two devices share a key/value head.
     """
     def after_one_step(name):
-        params = llama.init_params(SMALL, mesh(mp), 3)
-        state, rows = step.init_state(params, SMALL, HYPER, 1, mesh(mp)), loop.put(batch(24), mesh(mp))
+        params = init_params(SMALL, mesh(mp), 3)
+        state, rows = init_state(params, SMALL, HYPER, 1, mesh(mp)), loop.put(batch(24), mesh(mp))
         jitted = step.make_train_step(SMALL, Compute(attention=name), HYPER, 1, mesh(mp))
         return jitted.lower(state, rows).compile(compiler_options=QUICK)(state, rows)
 
@@ -53,8 +55,8 @@ def test_a_training_step_with_pallas_runs_the_kernels():
     """The step's program calls a Pallas kernel under that name, and none under the other."""
     for name, kernels in (('pallas', True), ('reference', False)):
         function = step.make_train_step(SMALL, Compute(attention=name), HYPER, 1, mesh(1))
-        state = jax.eval_shape(lambda params: step.init_state(params, SMALL, HYPER, 1, mesh(1)),
-                               llama.abstract_params(SMALL, mesh(1)))
+        state = jax.eval_shape(lambda params: init_state(params, SMALL, HYPER, 1, mesh(1)),
+                               abstract_params(SMALL, mesh(1)))
         text = str(jax.make_jaxpr(function)(state, batch(24)))
         assert ('pallas_call' in text) == kernels
 
@@ -64,7 +66,7 @@ def test_decoding_with_pallas_gives_the_tokens_of_the_reference(golden, mp):
     """Greedy answers of the engine, prompts of unequal length and a cache that grows, and scores to 1e-4 nats."""
     tokenizer = load_tokenizer(golden / 'easylm/tokenizer.model')
     config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, max_sequence_length=128)
-    params = llama.init_params(config, mesh(mp), 5)
+    params = init_params(config, mesh(mp), 5)
     prompts = ['the film', 'the dialogue holds together beautifully although the film has nothing to say']
 
     def answers(name):

@@ -55,11 +55,12 @@ def test_round_trip_is_bit_exact_on_another_mesh(tmp_path, monkeypatch, chunk_by
     monkeypatch.setattr(native, 'CHUNK_BYTES', chunk_bytes)
     arrays = state()
     save(tmp_path, 5, arrays)
-    restored = native.restore(tmp_path, None, targets(arrays))
+    restored = native.Step(tmp_path).restore(targets(arrays))
     for name, array in arrays.items():
         assert equal_bits(array, restored[name]), name
         assert restored[name].sharding == targets(arrays)[name].sharding
-    assert native.read_meta(tmp_path) == {'cursor': 5} and native.read_file(tmp_path, 5, 'tokenizer.model') == b'abc'
+    step = native.Step(tmp_path)
+    assert step.number == 5 and step.meta == {'cursor': 5} and step.read_file('tokenizer.model') == b'abc'
 
 
 def test_every_device_reads_its_own_slice_only(tmp_path, monkeypatch):
@@ -69,7 +70,7 @@ def test_every_device_reads_its_own_slice_only(tmp_path, monkeypatch):
     sizes, fill_stack = [], shards.fill_stack
     monkeypatch.setattr(shards, 'fill_stack', lambda target, read: fill_stack(
         target, lambda *part: sizes.append((array := read(*part)).size) or array))
-    native.restore(tmp_path, 1, targets(arrays))
+    native.Step(tmp_path, 1).restore(targets(arrays))
     assert sizes == [16 * 8 // 4] * 3 * 4
 
 
@@ -111,7 +112,7 @@ def test_a_save_killed_at_any_point_leaves_the_newest_complete_step_loadable(tmp
             break
         step = native.latest_step(directory)
         expected = small(step)
-        restored = native.restore(directory, None, targets(expected))
+        restored = native.Step(directory).restore(targets(expected))
         assert all(equal_bits(expected[name], restored[name]) for name in expected)
         seen.add(step)
         after += 1
@@ -157,14 +158,14 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_previous_step_offered(tmp_pa
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ValueError, match=f'{file}.*corrupt.*step 1 is complete'):
-            native.restore(tmp_path, 2, targets(state()))
-            native.read_file(tmp_path, 2, 'tokenizer.model')
+            native.Step(tmp_path, 2).restore(targets(state()))
+            native.Step(tmp_path, 2).read_file('tokenizer.model')
         file.write_bytes(content)
-    native.restore(tmp_path, 2, targets(state()))
+    native.Step(tmp_path, 2).restore(targets(state()))
     manifest = path / 'manifest.json'
     manifest.write_text(manifest.read_text().replace('"cursor": 2', '"cursor": 3'))
     with pytest.raises(ValueError, match=f'{manifest} is missing or corrupt; step 1 is complete'):
-        native.read_meta(tmp_path, 2)
+        native.Step(tmp_path, 2)
 
 
 def test_a_truncated_or_missing_file_makes_a_step_incomplete(tmp_path):
@@ -176,7 +177,7 @@ def test_a_truncated_or_missing_file_makes_a_step_incomplete(tmp_path):
         damage()
         assert native.latest_step(tmp_path) == 1
         with pytest.raises(ValueError, match=f'{file} has .* bytes instead of'):
-            native.restore(tmp_path, 2, targets(state()))
+            native.Step(tmp_path, 2).restore(targets(state()))
 
 
 def test_only_the_newest_steps_are_kept(tmp_path):
@@ -210,9 +211,9 @@ def test_streamed_arrays_are_equal_to_those_in_memory(tmp_path, monkeypatch, chu
             del part
 
     save(tmp_path, 1, {'w': native.Streamed(values.shape, values.dtype, 2, slices())})
-    restored = native.restore(tmp_path, 1, targets({'w': put(values)}))
+    restored = native.Step(tmp_path, 1).restore(targets({'w': put(values)}))
     assert equal_bits(restored['w'], values) and max(most) <= 2
-    reader = native.ArrayReader(tmp_path, 1)
+    reader = native.Step(tmp_path, 1)
     assert reader.arrays == {'w': ((6, 16, 8), 'float32')}
     assert all(equal_bits(reader.read('w', row), values[row]) for row in range(6))
     assert equal_bits(reader.read('w', None), values)
@@ -229,7 +230,7 @@ def test_a_streamed_array_keeps_the_guarantees(tmp_path):
     file = path / 'arrays/w/c/1/0'
     file.write_bytes(b'\1' + file.read_bytes()[1:])
     with pytest.raises(ValueError, match=f'{file}.*corrupt'):
-        native.ArrayReader(tmp_path, 2).read('w', 0)
+        native.Step(tmp_path, 2).read('w', 0)
 
 
 def test_a_sound_step_is_never_overwritten_but_a_corrupt_one_may_be(tmp_path):
@@ -279,9 +280,9 @@ def test_arrays_of_other_shape_or_dtype_are_listed(tmp_path):
     wanted = {f'a{i:02}': jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=NamedSharding(make_mesh('1,8,1'), P()))
               for i in range(13)}
     with pytest.raises(ValueError, match=r'a00 got float32\[4\] want bfloat16\[5\].*a09.*and 3 more'):
-        native.restore(tmp_path, 1, wanted)
+        native.Step(tmp_path, 1).restore(wanted)
     with pytest.raises(ValueError, match='a12 got nothing'):
-        native.restore(tmp_path, 1, {'a12': wanted['a12']})
+        native.Step(tmp_path, 1).restore({'a12': wanted['a12']})
 
 
 @pytest.mark.parametrize('name', ['../x', 'a/b', '', '.hidden', 'manifest.json', 'arrays'])
@@ -294,10 +295,10 @@ def test_names_that_leave_the_directory_are_refused(tmp_path, name):
 def test_a_directory_without_a_complete_step_says_what_it_holds(tmp_path):
     """An empty directory, and one with an interrupted step, are both errors; the second names the step."""
     with pytest.raises(ValueError, match='holds no complete checkpoint'):
-        native.read_meta(tmp_path)
+        native.Step(tmp_path)
     shutil.move(save(tmp_path, 3), tmp_path / 'step_00000003.tmp-1234')
     with pytest.raises(ValueError, match='incomplete: step_00000003.tmp-1234'):
-        native.read_meta(tmp_path)
+        native.Step(tmp_path)
 
 
 def test_restored_memory_is_not_shared_with_numpy():

@@ -7,14 +7,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_checkpoint_easylm import flax_array, pack_stream
 
-from checkpoint import load
+import checkpoint
 from checkpoint.formats import easylm_writer
 from checkpoint.formats.easylm import NAMES, index
+from checkpoint.formats.reading import tensors_of
 from model.config import LlamaConfig
-from model.llama import abstract_params, partitions, weight_specs
 from model.partition import make_mesh
+from model.weights import abstract_params, by_name, partitions, weight_specs
 from training import optimizer
-from training.step import TrainState, accumulated_update, state_partitions
+from training.state import TrainState, state_partitions
+from training.step import accumulated_update
 
 CONFIG = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 HYPER = dict(init_lr=0.001, lr=0.02, end_lr=0.002, lr_warmup_steps=2, lr_decay_steps=10, weight_decay=0.01)
@@ -24,7 +26,7 @@ CASES = {  # name -> (multiply_by_parameter_scale, bf16_momentum, accumulate, mi
 
 def targets(scale, bf16, accumulate, mesh):
     """{name in a checkpoint: ShapeDtypeStruct}, as train.py asks for them."""
-    params = load.by_name(abstract_params(CONFIG, mesh), CONFIG, 'params')
+    params = by_name(abstract_params(CONFIG, mesh), CONFIG, 'params')
     tree = lambda prefix, dtype: {name.replace('params', prefix): jax.ShapeDtypeStruct(x.shape, dtype,
                                                                                        sharding=x.sharding)
                                   for name, x in params.items()}
@@ -37,19 +39,19 @@ def targets(scale, bf16, accumulate, mesh):
 def read(golden, case, mesh='1,4,2', suffix='', **changes):
     scale, bf16, accumulate, _ = CASES[case]
     flags = dict(scale=scale, bf16=bf16, accumulate=accumulate) | changes
-    return load.load_train_state(f'trainstate::{golden}/easylm/train_state_{case}{suffix}', CONFIG,
-                                 targets(**flags, mesh=make_mesh(mesh)), flags['scale'])
+    source = checkpoint.open(f'trainstate::{golden}/easylm/train_state_{case}{suffix}')
+    return source.load_train_state(CONFIG, targets(**flags, mesh=make_mesh(mesh)), flags['scale'])
 
 
 def gradients(seed, mesh, path):
     """What the golden run used at a micro-step: by sorted key from numpy's frozen generator, in EasyLM's layout."""
     random, shapes = np.random.RandomState(seed), {}
-    for spec, layer in load.tensors_of(CONFIG):
+    for spec, layer in tensors_of(CONFIG):
         shape = spec.shape[1:] if spec.stacked else spec.shape
         shapes[tuple(NAMES[spec.name].format(layer).split('/'))] = shape[::-1] if spec.name == 'head' else shape
     pack_stream(path, [(key, flax_array((0.05 * random.standard_normal(shapes[key])).astype(np.float32)))
                        for key in sorted(shapes)])
-    return load.load_params(f'params::{path}', CONFIG, mesh)
+    return checkpoint.open(f'params::{path}').load_params(CONFIG, mesh)
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -58,7 +60,7 @@ def test_two_more_steps_are_those_of_easylm(golden, tmp_path, case):
     scale, bf16, accumulate, done = CASES[case]
     hyper = optimizer.AdamW(**HYPER, bf16_momentum=bf16, multiply_by_parameter_scale=scale)
     mesh, specs, arrays = make_mesh('1,4,2'), weight_specs(CONFIG), read(golden, case)
-    assert load.read_step(f'trainstate::{golden}/easylm/train_state_{case}') == done
+    assert checkpoint.open(f'trainstate::{golden}/easylm/train_state_{case}').step == done
     assert int(arrays['optimizer.count']) == done // accumulate
     assert int(arrays['optimizer.micro_step']) == done % accumulate
     structure = jax.tree.structure(abstract_params(CONFIG, mesh))
@@ -77,7 +79,7 @@ def test_two_more_steps_are_those_of_easylm(golden, tmp_path, case):
     step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(split, partitions(CONFIG)), out_specs=split))
     for n in range(done, done + 2):
         state = step(state, gradients(100 + n, mesh, tmp_path / 'gradients'))
-    expected = load.load_params(f'params::{golden}/easylm/train_state_{case}_after', CONFIG, mesh)
+    expected = checkpoint.open(f'params::{golden}/easylm/train_state_{case}_after').load_params(CONFIG, mesh)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * largest)
@@ -105,10 +107,11 @@ def test_a_bfloat16_file_is_the_rounded_state(golden):
 def test_weights_alone_are_read_by_three_names(golden):
     """trainstate:: as load_checkpoint of serve.py and evaluate.py means the weights, as trainstate_params:: does."""
     path, mesh = golden / 'easylm/train_state_adamw', make_mesh('8,1,1')
-    weights = [load.load_params(f'{kind}::{path}', CONFIG, mesh) for kind in ('trainstate', 'trainstate_params')]
+    weights = [checkpoint.open(f'{kind}::{path}').load_params(CONFIG, mesh)
+               for kind in ('trainstate', 'trainstate_params')]
     jax.tree.map(np.testing.assert_array_equal, *weights)
     arrays = read(golden, 'adamw')
-    for name, array in load.by_name(weights[0], CONFIG, 'params').items():
+    for name, array in by_name(weights[0], CONFIG, 'params').items():
         np.testing.assert_array_equal(arrays[name], array)
 
 
@@ -147,5 +150,5 @@ def test_no_cast_keeps_each_dtype(golden, tmp_path):
 def test_the_step_of_a_file_that_is_no_train_state(golden):
     """The message names the type to use; 0 stands for files that have no step."""
     with pytest.raises(ValueError, match='holds no train state.*use params::'):
-        load.read_step(f'trainstate::{golden}/easylm/streaming_params_fp32')
-    assert load.read_step(f'params::{golden}/easylm/streaming_params_fp32') == 0
+        print(checkpoint.open(f'trainstate::{golden}/easylm/streaming_params_fp32').step)
+    assert checkpoint.open(f'params::{golden}/easylm/streaming_params_fp32').step == 0

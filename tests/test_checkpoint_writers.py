@@ -13,12 +13,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_checkpoint_easylm import flax_array, stream
 
-from checkpoint import load, native
+import checkpoint
+from checkpoint import native
 from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_writer
 from checkpoint.writing import appears_whole, rounded
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model.config import LlamaConfig, RopeScaling
 from model.partition import make_mesh
+from model.weights import by_name, weight_specs
 
 SMALL = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=11, num_attention_heads=2)
 HUGGING_FACE = ('gqa_tied', 'head_dim_100', 'llama31_rope', 'mha_untied')
@@ -32,7 +34,7 @@ def easylm_config(golden):
 def random_tensor(config, seed=0):
     """tensor(name, layer) of a random model, and {(name, layer): array} of what it gave."""
     given, random = {}, np.random.default_rng(seed)
-    specs = {spec.name: spec for spec in load.specs_of(config)}
+    specs = {spec.name: spec for spec in jax.tree.leaves(weight_specs(config))}
 
     def tensor(name, layer):
         shape = specs[name].shape if layer is None else specs[name].shape[1:]
@@ -44,10 +46,10 @@ def random_tensor(config, seed=0):
 
 def through_native(spec, config, directory):
     """tensor(name, layer) of a native checkpoint saved from the weights of `spec`."""
-    params = load.load_params(spec, config, make_mesh('1,2,1', jax.devices()[:2]))
-    meta, files = load.describe(config, None, None)
-    native.save(directory, 0, load.by_name(params, config, 'params'), meta, files, keep=1)
-    return load.open_reader(str(directory), config).tensor
+    params = checkpoint.open(spec).load_params(config, make_mesh('1,2,1', jax.devices()[:2]))
+    meta, files = checkpoint.source.describe(config, None, None)
+    native.save(directory, 0, by_name(params, config, 'params'), meta, files, keep=1)
+    return checkpoint.open(str(directory)).reader(config).tensor
 
 
 # ---------------------------------------------------------------- EasyLM
@@ -192,8 +194,8 @@ def test_the_tokenizer_comes_along(golden, tmp_path, kind, add_bos_token):
         tokenizer_from_json(json.dumps(dict(version='1.0', added_tokens=[], model=bpe)), 2, 1, 0)
     huggingface_writer.write(tmp_path / 'out', random_tensor(SMALL)[0], SMALL, tokenizer, add_bos_token, 'fp32', 10**12)
     spec = f'hf::{tmp_path}/out'
-    assert load.read_tokenizer(spec).fingerprint == tokenizer.fingerprint
-    assert load.read_add_bos_token(spec) is add_bos_token
+    assert checkpoint.open(spec).tokenizer.fingerprint == tokenizer.fingerprint
+    assert checkpoint.open(spec).add_bos_token is add_bos_token
     for file in ('config.json', 'generation_config.json'):
         values = json.loads((tmp_path / 'out' / file).read_text())
         assert (values['bos_token_id'], values['eos_token_id']) == (tokenizer.bos_token_id, tokenizer.eos_token_id)

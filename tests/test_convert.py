@@ -5,23 +5,27 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_checkpoint_gguf import write as write_gguf
 
+import checkpoint
 import convert
-from checkpoint import load, native
+from checkpoint import native
 from checkpoint.formats import huggingface, huggingface_writer
+from checkpoint.formats.reading import tensors_of
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from model.config import LlamaConfig, config_to_dict
-from program import flags
+from model.weights import weight_specs
+from program import flags, parse
 
 
 def run(spec, kind, output, **more):
     words = [f'--{name.replace("__", ".")}={value}' for name, value in more.items()]
-    convert.main(flags.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
+    convert.main(parse.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
                               *words], flags.CONVERT, ''))
     return output
 
@@ -39,7 +43,7 @@ def test_hugging_face_through_our_checkpoint_is_bit_exact(golden, tmp_path, case
     ours = run(f'hf::{source}', 'native', tmp_path / 'native')
     back = run(str(ours), 'hf', tmp_path / 'hf')
     assert equal_tensors(back, source)
-    assert huggingface.Reader(back).config == huggingface.Reader(source).config == load.read_config(str(ours))
+    assert huggingface.Reader(back).config == huggingface.Reader(source).config == checkpoint.open(str(ours)).config
 
 
 @pytest.mark.parametrize('case', ['mha_untied', 'head_dim_100'])
@@ -77,9 +81,9 @@ def test_a_train_state_gives_its_weights_at_its_step(golden, tmp_path, file):
     ours = run(spec, 'native', tmp_path / 'native', load_llama_config=f'json::{sizes}')
     step = {'train_state_param_scale': 3, 'train_state_accumulate': 4}[file]
     assert native.steps(ours) == [step]
-    assert all(name.startswith('params.') for name in native.read_manifest(ours, step)['arrays'])
-    written, read = load.open_reader(str(ours), config), load.open_reader(spec, config)
-    for weight, layer in load.tensors_of(config):
+    assert all(name.startswith('params.') for name in native.Step(ours, step).arrays)
+    written, read = checkpoint.open(str(ours)).reader(config), checkpoint.open(spec).reader(config)
+    for weight, layer in tensors_of(config):
         np.testing.assert_array_equal(written.tensor(weight.name, layer), read.tensor(weight.name, layer))
 
 
@@ -88,17 +92,17 @@ def test_tokenizer_template_and_bos_go_where_there_is_a_place(golden, tmp_path, 
     """Native keeps all three, hf the tokenizer and add_bos_token, easylm the tokenizer; what is left out is said."""
     config, tokenizer = LlamaConfig(640, 16, 24, 2, 2), load_tokenizer(golden / 'easylm/tokenizer.model')
     template = PromptTemplate(labels=('bad', 'good'))
-    meta, files = load.describe(config, tokenizer, template, False)
+    meta, files = checkpoint.source.describe(config, tokenizer, template, False)
     arrays = {f'params.{weight.name}': native.Streamed(weight.shape, np.dtype(np.float32), weight.shape[0],
                                                        iter([np.ones(weight.shape, np.float32)]))
-              for weight in load.specs_of(config)}
+              for weight in jax.tree.leaves(weight_specs(config))}
     native.save(tmp_path / 'run', 7, arrays, meta, files, keep=1)
     output = run(str(tmp_path / 'run'), kind, tmp_path / 'out')
     spec = {'native': f'{output}', 'hf': f'hf::{output}', 'easylm': f'params::{output}/streaming_params'}[kind]
-    found = load.read_tokenizer(spec) if kind != 'easylm' else load_tokenizer(output)
+    found = checkpoint.open(spec).tokenizer if kind != 'easylm' else load_tokenizer(output)
     assert found.fingerprint == tokenizer.fingerprint
-    assert load.read_template(spec) == (template if kind == 'native' else None)
-    assert load.read_add_bos_token(spec) is (None if kind == 'easylm' else False)
+    assert checkpoint.open(spec).template == (template if kind == 'native' else None)
+    assert checkpoint.open(spec).add_bos_token is (None if kind == 'easylm' else False)
     lines = capsys.readouterr().out.splitlines()
     assert (kind == 'native') != any('left out: the prompt template' in line for line in lines)
     assert lines[-1].startswith(f'wrote {output}; use it with --load_checkpoint={spec}')
@@ -116,12 +120,12 @@ def test_the_printed_flags_load_what_was_written(golden, tmp_path, capsys):
         words = capsys.readouterr().out.splitlines()[-1].partition('use it with ')[2].split()
         values = dict(word.removeprefix('--').split('=', 1) for word in words)
         config = convert.named_config(values['load_llama_config']) if 'load_llama_config' in values else \
-            load.read_config(values['load_checkpoint'])
+            checkpoint.open(values['load_checkpoint']).config
         tokenizer = load_tokenizer(values['tokenizer.vocab_file']) if 'tokenizer.vocab_file' in values else \
-            load.read_tokenizer(values['load_checkpoint'])
-        reader = load.open_reader(values['load_checkpoint'], config)
+            checkpoint.open(values['load_checkpoint']).tokenizer
+        reader = checkpoint.open(values['load_checkpoint']).reader(config)
         content = [tokenizer.fingerprint, *(reader.tensor(weight.name, layer).tobytes()
-                                            for weight, layer in load.tensors_of(config))]
+                                            for weight, layer in tensors_of(config))]
         assert content == (whole := whole or content)
 
 
@@ -141,20 +145,21 @@ def test_mistakes_name_the_flag_and_write_nothing(golden, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     words = [word.replace('EASYLM', str(golden / 'easylm/streaming_params_fp32')) for word in words]
     with pytest.raises(ValueError, match=message):
-        convert.main(flags.parse(['convert.py', *words], flags.CONVERT, ''))
+        convert.main(parse.parse(['convert.py', *words], flags.CONVERT, ''))
     assert not list(tmp_path.iterdir())
 
 
 MEASURED = '''
 import sys, pathlib
-import convert, flags
+import convert
 from checkpoint.formats import easylm_writer
 from checkpoint.formats import gguf
 from checkpoint.formats import huggingface_writer
+from program import flags, parse
 status = lambda: {line.split(':')[0]: line.split()[1] for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = int(status()['VmRSS'])
-convert.main(flags.parse(sys.argv, flags.CONVERT, ''))
+convert.main(parse.parse(sys.argv, flags.CONVERT, ''))
 print('PEAK', (int(status()['VmHWM']) - before) * 1024)
 '''
 
@@ -169,7 +174,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     """
     config = LlamaConfig(8192, 1024, 2816, 9, 8, max_sequence_length=128)
     tile, largest = np.random.default_rng(0).random(2**23 + 1000, np.float32), 8192 * 1024 * 4
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
 
     def tensor(name, layer):
         start = 17 * (layer or 0) + len(name)
@@ -186,7 +191,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         sizes = [f'--load_llama_config=json::{tmp_path}/easylm/llama_config.json'] if source == 'easylm' else []
         done = subprocess.run([sys.executable, '-c', MEASURED, f'--load_checkpoint={spec}', f'--format={target}',
                                f'--output={tmp_path / "new"}', *sizes], capture_output=True, text=True,
-                              env=os.environ | dict(PYTHONPATH=str(flags.__file__.rpartition('/')[0]),
+                              env=os.environ | dict(PYTHONPATH=convert.__file__.rpartition('/')[0],
                                                     JAX_PLATFORMS='none'))
         assert done.returncode == 0, done.stderr
         peaks[f'{source} -> {target}'] = int(done.stdout.split('PEAK ')[1]) / largest

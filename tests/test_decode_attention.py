@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from instruments.bench import shapes
+from instruments.bench import caches, shapes
 from kernels import decode_attention as decode
 from kernels import reference
 from kernels.decode_attention import DecodeTiles
@@ -20,8 +20,8 @@ NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
 RACES = pltpu.InterpretParams(uninitialized_memory='nan', detect_races=True)
 SMALL = DecodeTiles(block=32, buffers=3, cores=1)
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-make_cache, quantize = quick_jit(decode.make_cache), quick_jit(decode.quantize)
-make_pages = quick_jit(decode.make_pages, static_argnums=3)
+make_cache, quantize = quick_jit(caches.make_cache), quick_jit(caches.quantize)
+make_pages = quick_jit(caches.make_pages, static_argnums=3)
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def test_other_slots_lanes_and_layers_do_not_matter():
     """Slots past the length, lanes past the heads and the layers before and after are NaN: the bits are the same."""
     q, k, v, lengths, o = ragged()
     def among_nan(x):
-        cache = decode.make_cache(garbage(x, lengths)).at[..., RAGGED.K * RAGGED.D:].set(jnp.nan)
+        cache = caches.make_cache(garbage(x, lengths)).at[..., RAGGED.K * RAGGED.D:].set(jnp.nan)
         return jnp.concatenate([jnp.full_like(cache, jnp.nan), cache, jnp.full_like(cache, jnp.nan)])
     np.testing.assert_array_equal(compiled(RAGGED, SMALL)(q, (among_nan(k), among_nan(v)), (lengths,), 1), o)
 
@@ -150,7 +150,7 @@ def test_pages_give_bitwise_what_slots_give_wherever_they_lie():
     used = np.arange(RAGGED.S // IN_PAGES.page) * IN_PAGES.page < lengths[:, None]
     for seed in (0, 1):
         table = shapes.page_table(IN_PAGES, seed)
-        pages = decode.make_pages(garbage(k, lengths), garbage(v, lengths), table, IN_PAGES.page)
+        pages = caches.make_pages(garbage(k, lengths), garbage(v, lengths), table, IN_PAGES.page)
         pages = pages.at[:, np.setdiff1d(np.arange(pages.shape[1]), table[used])].set(jnp.nan)
         table = np.where(used, table, 2**30).astype(np.int32)
         np.testing.assert_array_equal(compiled(IN_PAGES, SMALL)(q, (pages,), (table, lengths), 0), o)
@@ -185,7 +185,7 @@ def test_key_value_heads_over_mp_under_shard_map():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ('dp', 'mp'))
 
     def local(q_BHD, k_BSKD, v_BSKD, lengths_B):
-        return decode.decode_attention(q_BHD, decode.make_cache(k_BSKD), decode.make_cache(v_BSKD), lengths_B,
+        return decode.decode_attention(q_BHD, caches.make_cache(k_BSKD), caches.make_cache(v_BSKD), lengths_B,
                                        kv_heads=k_BSKD.shape[2], scale=shape.D ** -0.5, tiles=SMALL,
                                        interpret=NAN_FILLED)
 
@@ -251,10 +251,10 @@ def test_time_is_that_of_the_real_lengths_bytes(name):
     q, kv = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((64, 32, 128), (64, 2048, 8, 128)))
     if shape.page:
         table = shapes.page_table(shape)
-        pages = jax.eval_shape(lambda k, v: decode.make_pages(k, v, table, shape.page), kv, kv)
+        pages = jax.eval_shape(lambda k, v: caches.make_pages(k, v, table, shape.page), kv, kv)
         function, arguments = decode.paged_decode_attention, (pages, table, lengths)
     else:
-        cache = jax.eval_shape(decode.make_cache, kv)
+        cache = jax.eval_shape(caches.make_cache, kv)
         function, arguments = decode.decode_attention, (cache, cache, lengths)
     static = static_time('v6e', functools.partial(function, kv_heads=8, scale=0.1), q, *arguments)
     real = 2 * 2 * 8 * 128 * int(lengths.sum())

@@ -1,6 +1,7 @@
 """evaluate.py: from the command line to evaluation.json, with a fake model, a true engine, an earlier evaluation."""
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -12,13 +13,14 @@ from data.prompt import PromptTemplate
 from evaluate import Asked, change_text, main
 from model.partition import make_mesh
 from program import flags
-from program import model as wiring
+from program import model as program_model
+from program.parse import parse as parse_flags
 
 REVIEWS = [('a warm and honest film', 1), ('a waste of a fine idea', 0), ('falls apart halfway', 0), ('sparkles', 1)]
 
 
 def parse(*arguments):
-    return flags.parse(['evaluate.py', *arguments], flags.EVALUATE, '')
+    return parse_flags(['evaluate.py', *arguments], flags.EVALUATE, '')
 
 
 @pytest.fixture
@@ -123,31 +125,32 @@ def test_an_evaluation_is_not_overwritten(fake, reviews, tmp_path):
         run(reviews, tmp_path / 'out')
 
 
-def test_labels_other_than_the_checkpoints_are_refused(monkeypatch, reviews):
+def test_labels_other_than_the_checkpoints_are_refused(reviews):
     """The template comes from the checkpoint; --labels may repeat it, decides where there is none."""
     stored = PromptTemplate(prefix='Review: ', labels=('bad', 'good'))
-    monkeypatch.setattr(evaluate, 'read_template', lambda spec: stored)
-    template = lambda *arguments: evaluate.read_input(parse(f'--input={reviews}', *arguments))[2]
+    trained = SimpleNamespace(template=stored)
+    template = lambda *arguments, source=trained: evaluate.read_input(
+        parse(f'--input={reviews}', *arguments), source)[2]
     assert template('--load_checkpoint=x') is stored
     assert template('--load_checkpoint=x', '--labels=bad, good') is stored
     with pytest.raises(ValueError, match="labels='good,bad', but load_checkpoint='x' was trained to answer bad,good"):
         template('--load_checkpoint=x', '--labels=good,bad')
-    assert template('--url=u', '--labels=no,yes') == PromptTemplate(labels=('no', 'yes'))
-    assert template('--url=u') == PromptTemplate()
+    assert template('--url=u', '--labels=no,yes', source=None) == PromptTemplate(labels=('no', 'yes'))
+    assert template('--url=u', source=None) == PromptTemplate()
 
 
 def test_labels_of_raw_data_are_found_where_nothing_names_them(tmp_path):
     """No checkpoint with a template, no --labels: the labels of the file, with the article's prompt."""
     path = tmp_path / 'a.csv'
     path.write_text('ticket,team\nx,shipping\ny,billing\n')
-    files, examples, template = evaluate.read_input(parse('--url=u', f'--input={path}'))
+    files, examples, template = evaluate.read_input(parse('--url=u', f'--input={path}'), None)
     assert (examples, template) == ([('x', 1), ('y', 0)], PromptTemplate(labels=('billing', 'shipping')))
 
 
 @pytest.fixture
 def prepared(tmp_path, reviews):
     """What prepare_data.py writes of the reviews, with a template of their own."""
-    prepare_data.main(flags.parse([
+    prepare_data.main(parse_flags([
         'prepare_data.py', f'--input={reviews}', f'--output={tmp_path / "data"}', '--labels=bad,good',
         '--shuffle=False', r'--template=Film: {text}\nVerdict:'], flags.PREPARE, ''))
     return tmp_path / 'data' / 'reviews.jsonl'
@@ -172,18 +175,17 @@ def test_what_prepare_data_wrote_is_evaluated_with_its_labels_and_template(prepa
     assert [row['file'] for row in found['data']] == [str(prepared), str(prepared.with_name('labels_reviews.json'))]
 
 
-def test_records_prepared_for_another_template_are_refused(prepared, monkeypatch):
+def test_records_prepared_for_another_template_are_refused(prepared):
     """The checkpoint's prompt, its labels, and --labels must be those of labels_NAME.json."""
     stored = PromptTemplate('Film: ', '\nVerdict:', labels=('bad', 'good'))
-    monkeypatch.setattr(evaluate, 'read_template', lambda spec: stored)
+    source = SimpleNamespace(template=stored)
     checkpoint = '--load_checkpoint=x', f'--input={prepared}'
-    assert evaluate.read_input(parse(*checkpoint, '--labels=bad,good'))[2] == stored
+    assert evaluate.read_input(parse(*checkpoint, '--labels=bad,good'), source)[2] == stored
     with pytest.raises(ValueError, match=r"labels='a,b', but input=.* was prepared with the labels bad,good"):
-        evaluate.read_input(parse('--url=u', f'--input={prepared}', '--labels=a,b'))
+        evaluate.read_input(parse('--url=u', f'--input={prepared}', '--labels=a,b'), None)
     for other in (PromptTemplate(labels=stored.labels), PromptTemplate('Film: ', '\nVerdict:', labels=('good', 'bad'))):
-        monkeypatch.setattr(evaluate, 'read_template', lambda spec, other=other: other)
         with pytest.raises(ValueError, match=r"prepared for 'Film: ..\\nVerdict:' and the labels bad,good, but load_"):
-            evaluate.read_input(parse(*checkpoint))
+            evaluate.read_input(parse(*checkpoint), SimpleNamespace(template=other))
 
 
 def test_a_review_that_both_methods_misread_alike_is_listed_once(fake, reviews, tmp_path, capsys):
@@ -219,8 +221,8 @@ def test_a_true_engine_agrees_with_easylms_server(golden, tmp_path, monkeypatch)
     texts = [prompt.removeprefix('[Text]: ').removesuffix('\n[Sentiment]:') for prompt in prompts]
     path = tmp_path / 'reviews.jsonl'
     path.write_text(''.join(json.dumps({'text': text, 'label': 1}) + '\n' for text in texts))
-    monkeypatch.setattr(wiring, 'keep_compilations', lambda: None)
-    monkeypatch.setattr(wiring, 'make_mesh', lambda mesh_dim: make_mesh('1,1,1', jax.devices()[:1]))
+    monkeypatch.setattr(program_model, 'keep_compilations', lambda: None)
+    monkeypatch.setattr(program_model, 'make_mesh', lambda mesh_dim: make_mesh('1,1,1', jax.devices()[:1]))
     config = engine_flags(golden, path, tmp_path / 'out')
     model = evaluate.open_engine(config, PromptTemplate(), [Example(text, 1) for text in texts])
     found = model.loglikelihood(prompts, [' Positive'] * len(prompts), lambda done: None)
@@ -236,7 +238,7 @@ def test_a_true_engine_agrees_with_easylms_server(golden, tmp_path, monkeypatch)
 
 def test_a_review_longer_than_the_model_is_named(golden, tmp_path, monkeypatch):
     """Found before the weights are read."""
-    monkeypatch.setattr(wiring, 'keep_compilations', lambda: None)
+    monkeypatch.setattr(program_model, 'keep_compilations', lambda: None)
     path = tmp_path / 'reviews.jsonl'
     path.write_text(json.dumps({'text': 'endless ' * 60, 'label': 1}) + '\n')
     with pytest.raises(ValueError, match="review 'endless endless .* tokens, .* new ones more than the model's 128"):

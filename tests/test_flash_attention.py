@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from instruments.bench.shapes import AttentionShape, attention_inputs
 from kernels import flash_attention as flash
 from kernels import reference
-from kernels.tiles import Plan, Tiles, make_plan, vmem_bytes
+from kernels.tiles import FlashPlan, FlashTiles, Tiles, make_plan, vmem_bytes
 
 NAN_FILLED = pltpu.InterpretParams(uninitialized_memory='nan')
 RACES = pltpu.InterpretParams(uninitialized_memory='nan', detect_races=True)
@@ -51,7 +51,7 @@ def with_gradients(shape, tiles, interpret=NAN_FILLED):
     """(q, k, v, do, segments) -> (o, dq, dk, dv)"""
     def call(q, k, v, do, segments_BT=None):
         attend = functools.partial(flash.flash_attention, scale=shape.D ** -0.5, causal=shape.causal,
-                                   tiles=(tiles, tiles), interpret=interpret)
+                                   tiles=FlashTiles(tiles, tiles), interpret=interpret)
         o, gradients = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
         return o, *gradients(do)
     return call
@@ -169,13 +169,14 @@ def test_bad_tiles_are_refused(tiles, message):
 def test_wrong_arguments_are_refused_before_compilation():
     """The message names the argument and what it should be."""
     q, k = jnp.zeros((2, 128, 6, 64)), jnp.zeros((2, 128, 2, 64))
-    call = functools.partial(flash.flash_attention, scale=1.0, tiles=(SQUARES, SQUARES), interpret=NAN_FILLED)
+    call = functools.partial(flash.flash_attention, scale=1.0, tiles=FlashTiles(SQUARES, SQUARES), interpret=NAN_FILLED)
     for arguments, options, message in (
             ((q, k[:, :64], k), {}, 'must be .B,T,H,D.'), ((q, k[:, :64], k[:, :64]), {}, 'must be .B,T,H,D.'),
             ((q[:, :, :5], k, k), {}, 'H a multiple of K'),
             ((q, k, k.astype(jnp.bfloat16)), {}, 'must all be bfloat16'),
             ((q, k, k, jnp.ones((2, 128))), {}, 'and int32'),
-            ((q, k, k), dict(tiles=(Tiles(2, 128, 128, 128, 128),) * 2), 'heads=2 of the tiles must divide H/K=3')):
+            ((q, k, k), dict(tiles=FlashTiles(two := Tiles(2, 128, 128, 128, 128), two)),
+             'heads=2 of the tiles must divide H/K=3')):
         with pytest.raises(ValueError, match=message):
             call(*arguments, **options)
     with pytest.raises(ValueError, match="kind='cpu' of the device is no TPU that tiles are known for"):
@@ -183,7 +184,7 @@ def test_wrong_arguments_are_refused_before_compilation():
 
 
 def plan(T, H, K, D, tiles, causal=True, segments=False, B=1, dtype=jnp.bfloat16):
-    return Plan(B, T, H, K, D, causal, segments, jnp.dtype(dtype), tiles)
+    return FlashPlan(B, T, H, K, D, causal, segments, jnp.dtype(dtype), tiles)
 
 
 def test_vmem_sum_equals_arithmetic_by_hand():
@@ -215,6 +216,11 @@ def test_a_row_just_longer_than_a_block_is_cut_evenly():
     assert (cut.n, cut.R, cut.turn, cut.strips) == (2, 640, 640, [(0, 512), (512, 128)])
 
 
+def default_plan(backward, T, H, K, D, dtype=jnp.bfloat16):
+    return make_plan(backward=backward, B=1, T=T, H=H, K=K, D=D, dtype=jnp.dtype(dtype), causal=True, segments=False,
+                     tiles=None, interpret=NAN_FILLED)
+
+
 def test_default_tiles_fit_every_shape():
     """Head counts that no tile divides, groups of 1 to 32 and rows up to 40,960 tokens find tiles within VMEM: for long
     rows fewer heads, then smaller blocks; float32 takes smaller ones in any case; a row beyond is refused.
@@ -223,14 +229,14 @@ def test_default_tiles_fit_every_shape():
                        (4096, 8, 8, 256), (1025, 7, 7, 80)):
         for backward in (False, True):
             for dtype in (jnp.bfloat16, jnp.float32):
-                found = make_plan(backward, (1, T, H, K, D), jnp.dtype(dtype), True, False, None, NAN_FILLED)
+                found = default_plan(backward, T, H, K, D, dtype)
                 assert vmem_bytes(found, backward) <= 128 * 2**20 and found.tiles.heads <= 4
-    tiles = lambda T: make_plan(True, (1, T, 8, 8, 256), jnp.dtype(jnp.bfloat16), True, False, None, NAN_FILLED).tiles
+    tiles = lambda T: default_plan(True, T, 8, 8, 256).tiles
     assert (tiles(20_000).heads, tiles(20_000).block) == (1, 1024)
     assert (tiles(40_960).heads, tiles(40_960).block, tiles(40_960).strip) == (1, 256, 256)
     with pytest.raises(ValueError, match='T=49152 is too long for v5e'):
         tiles(49_152)
-    exact = make_plan(False, (1, 4096, 8, 8, 128), jnp.dtype(jnp.float32), True, False, None, NAN_FILLED).tiles
+    exact = default_plan(False, 4096, 8, 8, 128, jnp.float32).tiles
     assert (exact.heads, exact.block) == (1, 512)
 
 
@@ -246,7 +252,7 @@ def test_vmem_sum_bounds_the_compiler_s_figure(block):
     tiles = Tiles(heads=2, block=block, strip=256, diagonal=128, turn=256)
     q, k = (jax.ShapeDtypeStruct((shape.B, shape.T, heads, shape.D), jnp.bfloat16) for heads in (shape.H, shape.K))
     static = static_time('v5e', with_gradients(shape, tiles, interpret=False), q, k, k, q)
-    cut = Plan(shape.B, shape.T, shape.H, shape.K, shape.D, True, False, jnp.dtype(jnp.bfloat16), tiles)
+    cut = FlashPlan(shape.B, shape.T, shape.H, shape.K, shape.D, True, False, jnp.dtype(jnp.bfloat16), tiles)
     assert len(static.kernels) == 2
     for kernel in static.kernels:
         assert 0.25 <= kernel.vmem_bytes / vmem_bytes(cut, backward='backward' in kernel.name) <= 1, kernel.name

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from program import flags
+from program import flags, parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = {  # room -> the rooms it may import from; programs may import everything
@@ -18,8 +18,9 @@ ROOMS = {  # room -> the rooms it may import from; programs may import everythin
     'evaluation': {'data'},
     'serving': {'model', 'data', 'kernels'},
     'training': {'model', 'data'},
-    'instruments': {'kernels', 'model', 'data', 'training', 'serving', 'checkpoint'},  # nothing imports it but programs
-    'program': {'model', 'data', 'hosts', 'checkpoint'},
+    # nothing imports it but programs
+    'instruments': {'kernels', 'model', 'data', 'training', 'serving', 'checkpoint', 'evaluation', 'program'},
+    'program': {'model', 'data', 'hosts', 'checkpoint', 'training'},
     'configs': set(),
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob('*.py') if path.stem != '__init__')
@@ -55,29 +56,60 @@ def test_nothing_unpickles_or_evaluates_strings(path):
     assert not imported(path) & {'pickle', 'cloudpickle', 'dill', 'shelve', 'marshal'} and not calls & {'eval', 'exec'}
 
 
-@pytest.mark.parametrize('text', ['README.md', 'BUILD.md', 'quickstart.sh'])
+DOCUMENTS = ['README.md', 'BUILD.md', *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('docs/*.md'))]
+TABLES = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE, 'plan.py': flags.PLAN,
+          'evaluate.py': flags.EVALUATE, 'fetch.py': flags.ASSETS, 'convert.py': flags.CONVERT}
+
+
+@pytest.mark.parametrize('text', [*DOCUMENTS, 'quickstart.sh'])
 def test_printed_commands_have_flags_that_exist(text):
-    """Every `python PROGRAM.py` line of the documents and of the quickstart is understood by that program."""
-    tables = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE, 'plan.py': flags.PLAN,
-              'evaluate.py': flags.EVALUATE, 'fetch.py': flags.ASSETS, 'convert.py': flags.CONVERT}
+    """Every `python PROGRAM.py` of the documents and of the quickstart is understood by that program; one that leaves
+    something out (…) has flags that exist."""
     joined = (ROOT / text).read_text().replace('\\\n', ' ').replace('"$@"', '')
-    found = re.findall(r'(?:python|"\$PYTHON"|\$PYTHON) (\w+\.py)((?: +--[^`#\n]*)?)', joined)
-    assert found
+    found = re.findall(r'(?:python|"\$PYTHON"|\$PYTHON) (\w+\.py)((?: +(?:--|…)[^`#&\n]*)?)', joined)
+    assert found or text not in ('README.md', 'BUILD.md', 'docs/EASYLM.md', 'docs/PLANNING.md', 'quickstart.sh')
     for program, arguments in found:
-        if '…' not in arguments and program in tables:
-            words = [word.replace('$RECIPE', str(ROOT / 'configs/quickstart.py')) for word in shlex.split(arguments)]
-            flags.parse([program, *words], tables[program], '')
+        known = {flag.name for flag in TABLES[program]}
+        # what follows the closing quote of a command inside another one is not the program's
+        words = [word.replace('$RECIPE', str(ROOT / 'configs/quickstart.py')) for word in shlex.split(
+            arguments if arguments.count("'") % 2 == 0 else arguments.rsplit("'", 1)[0])]
+        if '…' in words:
+            words.remove('…')
+            assert {word.removeprefix('--').split('=')[0] for word in words} <= known, (program, words)
+        elif words != ['--help']:
+            parse.parse([program, *words], TABLES[program], '')
 
 
-def test_the_reading_order_and_the_tree_of_the_readme_name_files_that_exist():
-    """Every path in the README's file tree exists, and every source file is in it."""
+@pytest.mark.parametrize('text', [*DOCUMENTS, 'quickstart.sh', '.ci/run'])
+def test_printed_make_targets_exist(text):
+    rules = re.findall(r'^([\w -]+):(?!=)', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
+    assert set(re.findall(r'(?:^|`)make ([\w-]+)', (ROOT / text).read_text(), re.MULTILINE)) <= targets
+
+
+def test_the_readme_names_files_that_exist_and_every_room():
+    """Every path that it names exists, every room has its line in the tree, and every program is named."""
     text = (ROOT / 'README.md').read_text()
     tree = re.search(r'## The house\n.*?```\n(.*?)```', text, re.DOTALL).group(1)
-    named, folder = set(), ''
-    for line in tree.splitlines():  # an indented line goes on with the folder above it
-        other, files = re.match(r'(\S+/)?\s*(.*?)(?:\s+#.*)?$', line).groups()
-        folder = other or folder
-        named |= {folder + file for file in files.split() if re.fullmatch(r'[\w.]+', file)}
-    missing = {name for name in named if not (ROOT / name).exists()}
-    sources = {str(path.relative_to(ROOT)) for path in SOURCES} | {path.name for path in PROGRAMS}
-    assert not missing and not sources - named, (missing, sources - named)
+    rooms = set(re.findall(r'^(\w+)/ ', tree, re.MULTILINE))
+    assert rooms == {path.parent.name for path in ROOT.glob('*/__init__.py')} == set(ROOMS)
+    named = set(re.findall(r'`((?:\w+/)*\w+\.(?:py|md))`|\]\(([\w./]+)\)', text))
+    missing = {name for pair in named for name in pair if name and not (ROOT / name).exists()}
+    assert not missing
+    assert {f'{name}.py' for name in ENTRY_POINTS} <= set(re.findall(r'`(\w+\.py)`', text))
+
+
+CORE = 'model', 'kernels', 'data', 'checkpoint', 'hosts', 'evaluation', 'serving', 'training'
+
+
+@pytest.mark.parametrize('room', CORE)
+def test_docstrings_begin_with_what_the_code_does(room):
+    """No public function, class or module of the core opens with "What ", "Of ", "With " or "The same"."""
+    poor = []
+    for path in sorted((ROOT / room).rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = getattr(node, 'name', '')
+                if not name.startswith('_') and re.match('(What|Of|With|The same) ', ast.get_docstring(node) or ''):
+                    poor.append(f'{path.relative_to(ROOT)} {name}')
+    assert not poor

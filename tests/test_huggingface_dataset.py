@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batches import PackedStream, Rows
 from data.huggingface import HuggingfaceReader
 from data.records import RecordReader
+from data.rows import RowBatches
+from data.stream import PackedStream
 from data.text_processor import TextProcessor
 from data.tokenizer import load_tokenizer
 
@@ -99,11 +100,11 @@ def test_a_set_smaller_than_a_batch_goes_on_over_its_passes(tmp_path):
 def test_bad_example_is_refused_with_its_index(folder):
     """... and with the flag that skips it, by a stream and by rows; skipped, it is counted."""
     for batches in (lambda reader: next(PackedStream(reader, seq_length=512, batch_size=4)),
-                    lambda reader: Rows(reader, seq_length=512, batch_size=4, progress=False)):
+                    lambda reader: RowBatches(reader, seq_length=512, batch_size=4, progress=False)):
         with pytest.raises(ValueError, match=r"jsonl\[7\]: field 'text' must be text, this is NoneType "
                                              r'\(--train_dataset\.huggingface_dataset\.skip_bad_lines=True'):
             batches(open_reader(folder / 'jsonl', skip=False))
-    counts = Rows(open_reader(folder / 'jsonl'), seq_length=512, batch_size=4, progress=False).counts
+    counts = RowBatches(open_reader(folder / 'jsonl'), seq_length=512, batch_size=4, progress=False).counts
     assert counts == {'rows': 39, 'truncated': 0, 'dropped': 0, 'skipped_lines': 1}
 
 

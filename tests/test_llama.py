@@ -12,12 +12,14 @@ import pytest
 from helpers import TINY, greedy, logits, on_mesh, one_device
 from jax.sharding import PartitionSpec
 
-from checkpoint import load
+import checkpoint
 from checkpoint.formats import easylm
 from checkpoint.formats.rotary_order import half_split_from_interleaved
 from model import llama, loss
 from model.config import MODELS, Compute, LlamaConfig
 from model.partition import BATCH, make_mesh
+from model.remat import remat_policy
+from model.weights import by_name, init_params, partitions, weight_specs
 
 HUGGINGFACE = ('mha_untied', 'gqa_tied', 'llama31_rope', 'head_dim_100')
 
@@ -29,8 +31,9 @@ def assert_close(actual, expected, fraction, what=''):
 
 def open_huggingface(golden, case):
     spec = f'hf::{golden}/huggingface/{case}'
-    config = load.read_config(spec)
-    return config, load.load_params(spec, config, one_device()), np.load(golden / f'huggingface/{case}/golden.npz')
+    source = checkpoint.open(spec)
+    params = source.load_params(source.config, one_device())
+    return source.config, params, np.load(golden / f'huggingface/{case}/golden.npz')
 
 
 @pytest.mark.parametrize('case', HUGGINGFACE)
@@ -62,7 +65,7 @@ def test_logits_loss_and_gradients_equal_easylm(golden):
     """EasyLM's network, loss (mean over rows of row means) and every gradient, within 1e-4 of its largest element."""
     config = LlamaConfig(**json.loads((golden / 'easylm/model.json').read_text()))
     path = golden / 'easylm/streaming_params_fp32'
-    params = load.load_params(f'params::{path}', config, one_device())
+    params = checkpoint.open(f'params::{path}').load_params(config, one_device())
     expected = np.load(golden / 'easylm/model.npz')
     inputs, targets = expected['tokens'][:, :-1], expected['tokens'][:, 1:]
     assert_close(logits(params, config, inputs), expected['logits'], 1e-4)
@@ -74,11 +77,11 @@ def test_logits_loss_and_gradients_equal_easylm(golden):
             return loss.row_mean_loss(nll_BT, correct_BT, mask_BT, jnp.ones_like(mask_BT[:, 0]))[0]
         return jax.value_and_grad(mean_loss)(params)
 
-    outputs = (PartitionSpec(), llama.partitions(config))
+    outputs = (PartitionSpec(), partitions(config))
     run = on_mesh(value_and_grad, config, one_device(), outputs)
     value, grads = run(params, inputs, targets, expected['loss_mask'])
     np.testing.assert_allclose(value, expected['loss'], rtol=1e-5)
-    for name, grad in load.by_name(grads, config, 'grad').items():
+    for name, grad in by_name(grads, config, 'grad').items():
         weight = name.removeprefix('grad.')
         for layer in range(config.num_hidden_layers) if weight.startswith('layers.') else [None]:
             theirs = expected['grad/' + easylm.NAMES[weight].format(layer)]
@@ -90,7 +93,7 @@ def test_logits_loss_and_gradients_equal_easylm(golden):
 
 def test_logits_at_t_ignore_tokens_after_t():
     """Changing token t + 1 leaves the logits at 0..t bitwise as they were, and changes those at t + 1."""
-    params = llama.init_params(TINY, one_device(), 0)
+    params = init_params(TINY, one_device(), 0)
     tokens = np.arange(24, dtype=np.int32)[None] * 7 % 256
     changed = tokens.copy()
     changed[0, 12] = 200
@@ -111,7 +114,7 @@ def test_rope_scores_depend_on_relative_position_only():
 
 def test_gqa_equals_mha_with_repeated_kv():
     """Two key/value heads read by four query heads each give what eight equal copies give."""
-    params = llama.init_params(TINY, one_device(), 1)
+    params = init_params(TINY, one_device(), 1)
     repeat = lambda w: jnp.repeat(w.reshape(3, 64, 2, 8), 4, axis=2).reshape(3, 64, 64)
     layers = dataclasses.replace(params.layers, w_k=repeat(params.layers.w_k), w_v=repeat(params.layers.w_v))
     wide = dataclasses.replace(params, layers=layers)
@@ -122,7 +125,7 @@ def test_gqa_equals_mha_with_repeated_kv():
 
 def test_initial_loss_is_near_log_vocab():
     """Small random weights predict almost uniformly: |mean cross entropy - log 256| < 0.05."""
-    params = llama.init_params(TINY, one_device(), 2)
+    params = init_params(TINY, one_device(), 2)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 33)).astype(np.int32)
     log_p = jax.nn.log_softmax(logits(params, TINY, tokens[:, :-1]), axis=-1)
     mean = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean()
@@ -133,7 +136,7 @@ def test_packed_segments_equal_separate_sequences():
     """Two sequences in one row, kept apart by segments, have the logits that each has alone; padding changes
     nothing.
     """
-    params = llama.init_params(TINY, one_device(), 3)
+    params = init_params(TINY, one_device(), 3)
     a, b = np.arange(10, 20, dtype=np.int32)[None], np.arange(100, 107, dtype=np.int32)[None]
     packed = np.concatenate([a, b, np.zeros((1, 3), np.int32)], axis=1)
     segments = np.array([[1] * 10 + [2] * 7 + [0] * 3], np.int32)
@@ -144,7 +147,7 @@ def test_packed_segments_equal_separate_sequences():
 
 def test_bf16_compute_stays_near_float32():
     """bfloat16 has 8 bits: the logits of three layers stay within 2 % of the largest |logit|, and are float32."""
-    params = llama.init_params(TINY, one_device(), 4)
+    params = init_params(TINY, one_device(), 4)
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
     z = logits(params, TINY, tokens, compute=Compute(dtype='bf16'))
     assert z.dtype == jnp.float32
@@ -156,7 +159,7 @@ def test_remat_changes_no_gradient():
     equal those without, to reassociation; nothing_saveable makes the backward pass compute products again, of which
     save:gate,up saves two.
     """
-    params = llama.init_params(TINY, one_device(), 5)
+    params = init_params(TINY, one_device(), 5)
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
 
     def gradient(**remat):
@@ -165,7 +168,7 @@ def test_remat_changes_no_gradient():
                 h, _ = llama.hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), TINY, Compute(**remat))
                 return jax.lax.psum(h.sum(), ('dp', 'fsdp', 'mp'))
             return jax.grad(mean)(params)
-        compiled = on_mesh(call, TINY, one_device(), llama.partitions(TINY)).lower(params, tokens)
+        compiled = on_mesh(call, TINY, one_device(), partitions(TINY)).lower(params, tokens)
         return compiled.compile()(params, tokens), compiled.as_text().count('dot_general')
 
     plain, products = gradient()
@@ -181,7 +184,7 @@ def test_remat_changes_no_gradient():
 def test_a_remat_policy_that_is_not_known_is_refused_with_those_that_are():
     for policy in ('some', 'save:', 'save:q,gates', 'q,k'):
         with pytest.raises(ValueError, match=f'{policy=} is not known.*nothing_saveable.*attention_input,q,k,v'):
-            llama.remat_policy(policy)
+            remat_policy(policy)
 
 
 @pytest.mark.parametrize('mesh_dim', ['1,1,1', '1,2,4'])
@@ -190,7 +193,7 @@ def test_cross_entropy_in_chunks_of_the_vocabulary_is_the_textbook_one(monkeypat
     that the last begins early); the likeliest token is counted as correct.  To 1e-5 of the largest element.
     """
     mesh = make_mesh(mesh_dim, jax.devices()[:math.prod(map(int, mesh_dim.split(',')))])
-    params = llama.init_params(TINY, mesh, 6)
+    params = init_params(TINY, mesh, 6)
     rng = np.random.default_rng(0)
     h, targets = rng.normal(size=(2, 8, 64)).astype(np.float32), rng.integers(0, 256, (2, 8)).astype(np.int32)
     weights = np.arange(16, dtype=np.float32).reshape(2, 8)
@@ -212,7 +215,7 @@ def test_cross_entropy_in_chunks_of_the_vocabulary_is_the_textbook_one(monkeypat
     (_, nll), (dhead, dh) = jax.value_and_grad(textbook, (0, 1), has_aux=True)(head, h)
     for elements in (1 << 24, -(-3 * 256 // mesh.shape['mp'] // 8) * 16 // mesh.shape['fsdp']):
         monkeypatch.setattr(loss, 'CHUNK_ELEMENTS', elements)
-        run = on_mesh(ours, TINY, mesh, (BATCH, BATCH, llama.partitions(TINY).head, BATCH))
+        run = on_mesh(ours, TINY, mesh, (BATCH, BATCH, partitions(TINY).head, BATCH))
         got = jax.device_get(run(params, h, targets, weights))
         np.testing.assert_array_equal(got[1], likeliest == targets)
         for a, b in zip((got[0], *got[2:]), (nll, dhead, dh), strict=True):
@@ -225,14 +228,14 @@ def test_loss_is_the_mean_of_row_means():
     correct = jnp.array([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 1]], bool)
     mask = jnp.array([[1., 0., 0.], [1., 1., 1.], [0., 0., 0.], [1., 1., 1.]])
     run = on_mesh(lambda params, *arrays: loss.row_mean_loss(*arrays), TINY, one_device(), PartitionSpec())
-    value, accuracy = run(llama.init_params(TINY, one_device(), 0), nll, correct, mask, jnp.array([1., 1., 1., 0.]))
+    value, accuracy = run(init_params(TINY, one_device(), 0), nll, correct, mask, jnp.array([1., 1., 1., 0.]))
     np.testing.assert_allclose([value, accuracy], [5 / 3, 4 / 9], rtol=1e-6)
 
 
 def test_parameter_counts_of_the_named_models():
     """The counts their publishers state."""
     count = lambda name: sum(int(np.prod(spec.shape)) for spec in jax.tree.leaves(
-        llama.weight_specs(MODELS[name]), is_leaf=lambda x: isinstance(x, llama.WeightSpec)))
+        weight_specs(MODELS[name])))
     assert count('3b') == 3_426_473_600
     assert count('7b') == 6_738_415_616
     assert count('llama3_8b') == 8_030_261_248

@@ -33,6 +33,15 @@ def test_a_fresh_run_begins_a_fresh_file(tmp_path):
     assert MetricsWriter(tmp_path).seconds_before == 0.0 and rows(tmp_path) == []
 
 
+def test_a_kill_while_a_resumed_run_opens_its_log_loses_no_row(tmp_path, monkeypatch):
+    """The rows that stay are written beside the file, which is replaced when they are whole."""
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "seconds": 9}\n{"step": 1, "seconds": 10}\n')
+    monkeypatch.setattr('os.replace', lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        MetricsWriter(tmp_path, resume_step=1)
+    assert [row['step'] for row in rows(tmp_path)] == [0, 1]
+
+
 def test_tensorboard_receives_the_numbers(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=True)
     writer.write(7, dict(loss=2.5, seconds=1.0))

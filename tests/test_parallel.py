@@ -154,12 +154,3 @@ def test_processes_end_with_the_program(ending, number):
         time.sleep(0.02)
     assert len(pids) == 2 and all(map(has_ended, pids))
     assert errors.count('Traceback') == (ending == 'exception' or number == signal.SIGINT)
-
-
-@pytest.mark.parametrize('setting, flag', [('processes', 'tokenizer_processes'),
-                                           ('chunk_size', 'tokenizer_parallel_chunk_size'),
-                                           ('batch_size', 'tokenizer_parallel_batch_size')])
-def test_numbers_of_processes_and_lines_are_positive(setting, flag):
-    """Refused by flag and value."""
-    with pytest.raises(ValueError, match=f'{flag}=0 .*at least 1'):
-        RecordReader(GOLDEN / 'records.jsonl', TextProcessor(TOKENIZER, fields='text'), **{setting: 0})

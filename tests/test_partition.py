@@ -12,15 +12,16 @@ from data.batches import Batch
 from model import llama
 from model.config import Compute
 from model.partition import make_mesh
+from model.weights import check_divisible, init_params, weight_specs
 from training import step
 from training.loop import put
 from training.optimizer import AdamW
+from training.state import init_state
 
 
 def test_weight_shapes_and_partitions_are_these():
     """The whole table for the 3B model, as a literal: the shardings are EasyLM's partition rules."""
-    specs = jax.tree.leaves(llama.weight_specs(llama.LlamaConfig(32000, 3200, 8640, 26, 32)),
-                            is_leaf=lambda x: isinstance(x, llama.WeightSpec))
+    specs = jax.tree.leaves(weight_specs(llama.LlamaConfig(32000, 3200, 8640, 26, 32)))
     assert {spec.name: (spec.shape, spec.partition) for spec in specs} == {
         'embedding': ((32000, 3200), P('mp', 'fsdp')),
         'layers.attention_norm': ((26, 3200), P(None, None)),
@@ -74,7 +75,7 @@ def test_bad_mesh_dim_is_refused_with_the_remedy(mesh_dim, says):
 ])
 def test_model_that_the_mesh_does_not_divide_is_refused(change, says):
     with pytest.raises(ValueError, match=re.compile(says)):
-        llama.check_divisible(dataclasses.replace(TINY, **change), make_mesh('1,2,4'))
+        check_divisible(dataclasses.replace(TINY, **change), make_mesh('1,2,4'))
 
 
 def random_batch(seed: int) -> Batch:
@@ -92,7 +93,7 @@ def twenty_steps(mesh, accumulate: int):
     """(losses of 20 steps of the parameter-scaled optimizer, parameters after 5) from the same random weights."""
     hyper = AdamW(lr=0.002, end_lr=0.0002, lr_warmup_steps=1, lr_decay_steps=20, weight_decay=0.01, bf16_momentum=True,
                   multiply_by_parameter_scale=True)
-    state = step.init_state(llama.init_params(TINY, mesh, 0), TINY, hyper, accumulate, mesh)
+    state = init_state(init_params(TINY, mesh, 0), TINY, hyper, accumulate, mesh)
     train_step = step.make_train_step(TINY, Compute(), hyper, accumulate, mesh).lower(
         state, put(random_batch(0), mesh)).compile(compiler_options=QUICK)
     losses = []
@@ -122,5 +123,5 @@ def test_loss_and_update_on_8_devices_equal_1(on_one_device, mesh_dim, accumulat
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():
-    a, b = (jax.device_get(llama.init_params(TINY, make_mesh(mesh), 7)) for mesh in ('1,8,1', '2,1,4'))
+    a, b = (jax.device_get(init_params(TINY, make_mesh(mesh), 7)) for mesh in ('1,8,1', '2,1,4'))
     jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -1,6 +1,5 @@
 """The plan of a run: what a device holds, which mesh is taken, and what an out-of-memory error is answered with."""
 import dataclasses
-import functools
 import json
 import os
 import shlex
@@ -13,20 +12,25 @@ import numpy as np
 import pytest
 from helpers import QUICK, TINY
 
+import checkpoint
 import plan as program
-from checkpoint import load
-from instruments.planning import compiled
-from instruments.planning import plan as planning
+from instruments import sources
+from instruments.planning import compiled, decoding, host, one_mesh, plan_file, search, table
 from instruments.planning.compiled import CompiledStep
-from instruments.planning.plan import Plan, Setting, choose, largest_batch, out_of_memory, read_plan, valid_meshes
+from instruments.planning.one_mesh import MeshPlan, Setting, read_plan
+from instruments.planning.out_of_memory import out_of_memory, usable_hbm
+from instruments.planning.plan_file import PlanFile
+from instruments.planning.search import choose, largest_batch, valid_meshes
+from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
 from instruments.tpu.estimate import Estimate
-from kernels import chips
+from mistake import Mistake
 from model.config import MODELS, Compute
 from model.partition import make_mesh
 from program import flags
-from training import step
+from program.parse import parse as parse_flags
 from training.optimizer import AdamW
+from training.state import abstract_batch, abstract_state
 
 GIB = 2**30
 LEAST = Compute(remat_block='nothing_saveable')
@@ -36,11 +40,11 @@ def setting(mesh_dim='1,4,2', devices=None, config=TINY, compute=LEAST, accumula
     return Setting(config, compute, AdamW(bf16_momentum=True), accumulate, make_mesh(mesh_dim, devices))
 
 
-def plan(mesh_dim='1,8,1', seconds=1.0, needed=GIB, usable=2 * GIB, batch_size=8) -> Plan:
+def plan(mesh_dim='1,8,1', seconds=1.0, needed=GIB, usable=2 * GIB, batch_size=8) -> MeshPlan:
     estimate = Estimate(1e12, 1e9, {'fsdp': 10**9}, seconds, 0.0, 0.0, dict(compute=0.5, hbm=0.1, interconnect=0.2))
-    return planning.judged(Plan(mesh_dim, batch_size, 1024, 1, '', dict(parameters=2**28), 8192, True,
-                                needed=needed, temporaries=GIB // 2, usable=usable, wire_bytes={'fsdp': 10**9},
-                                estimate=estimate, compile_seconds=60.0))
+    return one_mesh.with_verdict(MeshPlan(mesh_dim, batch_size, 1024, 1, '', dict(parameters=2**28), 8192, True,
+                                          needed=needed, temporaries=GIB // 2, usable=usable,
+                                          wire_bytes={'fsdp': 10**9}, estimate=estimate, compile_seconds=60.0))
 
 
 def exhausted(text='total memory required for HLO temporaries (19.54G) exceeds available HBM (15.75G).'):
@@ -58,7 +62,8 @@ def test_meshes_of_3b_on_8_devices_are_these():
     valid, invalid = valid_meshes(MODELS['3b'], 8, 4)
     assert valid == ['1,1,8', '1,2,4', '1,4,2', '2,1,4', '2,2,2', '4,1,2']
     assert set(invalid) == {'1,8,1', '2,4,1', '4,2,1', '8,1,1'}
-    assert invalid['8,1,1'] == 'batch_size=4 is not divisible by dp*fsdp=8: change it or --mesh_dim'
+    assert invalid['8,1,1'] == ("batch_size=4 must be divisible by dp*fsdp=8 of the mesh {'dp': 8, 'fsdp': 1, "
+                                "'mp': 1}: change it or --mesh_dim")
 
 
 def test_a_mesh_that_would_cut_a_head_says_so():
@@ -73,9 +78,9 @@ def test_moments_and_mean_gradient_are_the_optimizer():
     """Per weight 4 bytes, and of the optimizer 2 (bf16 momentum) and 4 (second moment), 4 more to accumulate; two
     counters of 4 bytes each.
     """
-    batch = step.abstract_batch(setting().mesh, 8, 32)
+    batch = abstract_batch(setting().mesh, 8, 32)
     for accumulate, of_weight in ((1, 6), (2, 10)):
-        parts = planning.uncompiled(setting(accumulate=accumulate), batch, None).parts
+        parts = one_mesh.uncompiled(setting(accumulate=accumulate), batch, None).parts
         assert parts['optimizer'] == parts['parameters'] // 4 * of_weight + 8
 
 
@@ -87,7 +92,7 @@ def test_what_a_layer_keeps_follows_the_policy(policy, elements):
     """One more layer keeps so many more float32 numbers on a device of mesh 1,4,2, weights aside."""
     def kept(layers):
         own = setting(config=dataclasses.replace(TINY, num_hidden_layers=layers), compute=Compute(remat_block=policy))
-        return planning.kept_bytes(own, step.abstract_batch(own.mesh, 8, 32))
+        return one_mesh.kept_bytes(own, abstract_batch(own.mesh, 8, 32))
 
     assert kept(3) - kept(2) == 4 * elements
 
@@ -96,9 +101,9 @@ def test_a_host_holds_what_loading_needs_or_two_copies_of_its_part_of_an_array()
     """3b on one host: two copies of the float32 ffn weights of all layers; were there one layer, replicated, the four
     slices that loading holds.
     """
-    assert program.host_bytes(MODELS['3b'], setting().mesh) == 2 * 4 * 26 * 3200 * 8640
+    assert host.host_needs(MODELS['3b'], setting().mesh) == 2 * 4 * 26 * 3200 * 8640
     one_layer, mesh = dataclasses.replace(MODELS['3b'], num_hidden_layers=1), setting('8,1,1').mesh
-    assert program.host_bytes(one_layer, mesh) == load.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
+    assert host.host_needs(one_layer, mesh) == checkpoint.source.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
 
 
 @pytest.mark.parametrize('message, needed, available', [
@@ -123,16 +128,16 @@ def test_other_errors_are_no_lack_of_memory():
 
 
 def test_a_refused_program_is_a_row_and_other_faults_say_what_they_are():
-    row = planning.refused(plan(), exhausted(), 5.0)
+    row = one_mesh.refused(plan(), exhausted(), 5.0)
     assert (row.fits, row.reason, row.needed) == (False, 'needs 19.54 of 15.75 GiB', int(19.54 * GIB))
-    row = planning.refused(plan(), jax.errors.JaxRuntimeError('INTERNAL: Mosaic failed\nmore'), 5.0)
+    row = one_mesh.refused(plan(), jax.errors.JaxRuntimeError('INTERNAL: Mosaic failed\nmore'), 5.0)
     assert (row.fits, row.reason) == (False, 'refused by the compiler: INTERNAL: Mosaic failed')
 
 
 def test_a_state_too_large_is_not_compiled(monkeypatch):
     monkeypatch.setattr(Setting, 'lower', lambda *_: pytest.fail('compiled'))
     own = setting()
-    row = planning.plan_train(own, step.abstract_batch(own.mesh, 8, 32), None, 1000, {})
+    row = one_mesh.plan_train(own, abstract_batch(own.mesh, 8, 32), None, 1000, {})
     assert not row.fits and row.reason == 'parameters and optimizer state alone do not fit'
 
 
@@ -175,8 +180,8 @@ def test_alternatives_change_little_first():
     the accumulation.
     """
     own = setting('2,2,1', jax.devices()[:4], compute=Compute())
-    found = [(planning.mesh_dim_of(other.mesh), other.compute.remat_block, other.accumulate, rows)
-             for other, rows in planning.alternatives(own, 4)]
+    found = [(one_mesh.mesh_dim_of(other.mesh), other.compute.remat_block, other.accumulate, rows)
+             for other, rows in search.alternatives(own, 4)]
     others = ['1,4,1', '4,1,1', '1,2,2', '2,1,2', '1,1,4']
     less = 'nothing_saveable'
     assert found[:5] == [(mesh, '', 1, 4) for mesh in others] and found[5:11] == [
@@ -188,8 +193,8 @@ def test_alternatives_change_little_first():
 
 
 def state_and_batch(own, rows=8, length=32):
-    return (step.abstract_state(own.config, own.hyper, own.accumulate, own.mesh),
-            step.abstract_batch(own.mesh, rows, length))
+    return (abstract_state(own.config, own.hyper, own.accumulate, own.mesh),
+            abstract_batch(own.mesh, rows, length))
 
 
 class Quick(Setting):
@@ -205,9 +210,9 @@ def test_a_step_is_described_before_it_runs_and_its_parts_are_the_compilers():
     the program, to the byte; the second step of a shape reuses the program.
     """
     own, lines = setting(accumulate=2), []
-    shapes = step.abstract_batch(own.mesh, 8, 16)
+    shapes = abstract_batch(own.mesh, 8, 16)
     state, batch = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
-                                (step.abstract_state(own.config, own.hyper, 2, own.mesh), shapes))
+                                (abstract_state(own.config, own.hyper, 2, own.mesh), shapes))
     jitted = CompiledStep(Quick(*own), lines.append)
     for _ in range(2):
         state, _ = jitted(state, batch)
@@ -216,8 +221,8 @@ def test_a_step_is_described_before_it_runs_and_its_parts_are_the_compilers():
     assert described.startswith('compiled the step for 8 x 16 tokens in ')
     assert 'GiB a device: parameters ' in described and 'by mesh axis: fsdp ' in described
     assert 'estimated' not in described
-    parts = planning.uncompiled(own, shapes, None).parts
-    assert (parts['parameters'] + parts['optimizer'] + planning.device_bytes(batch) ==
+    parts = one_mesh.uncompiled(own, shapes, None).parts
+    assert (parts['parameters'] + parts['optimizer'] + one_mesh.device_bytes(batch) ==
             compiled_step.memory_analysis().argument_size_in_bytes)
 
 
@@ -230,12 +235,12 @@ def test_a_shape_is_compiled_once(monkeypatch):
 
     trivial = jax.jit(lambda state, batch: (state + batch.tokens_BT.sum(), {}))
     monkeypatch.setattr(Setting, 'lower', lambda self, batch, state: trivial.lower(state, batch))
-    monkeypatch.setattr(planning, 'measured', unreadable)
+    monkeypatch.setattr(one_mesh, 'from_compiled', unreadable)
     lines, state = [], jax.numpy.int32(0)
     jitted = CompiledStep(setting(), lines.append)
     for length in (4, 4, 8, 4):
         state, _ = jitted(state, jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype),
-                                              step.abstract_batch(setting().mesh, 8, length)))
+                                              abstract_batch(setting().mesh, 8, length)))
     assert len(jitted.programs) == len(lines) == 2 and int(state) == 8 * (4 + 4 + 8 + 4)
     assert 'is not known: no such loop' in lines[0]
 
@@ -254,10 +259,10 @@ def test_out_of_memory_names_the_nearest_plan_that_fits(monkeypatch):
     def plan_train(other, batch, *_):
         tried.append(other)
         fits = other.accumulate == 2
-        return Plan(planning.mesh_dim_of(other.mesh), batch.tokens_BT.shape[0], 32, other.accumulate,
-                    other.compute.remat_block, {}, 1, fits, '' if fits else 'too large', needed=GIB)
+        return MeshPlan(one_mesh.mesh_dim_of(other.mesh), batch.tokens_BT.shape[0], 32, other.accumulate,
+                        other.compute.remat_block, {}, 1, fits, '' if fits else 'too large', needed=GIB)
 
-    monkeypatch.setattr(planning, 'plan_train', plan_train)
+    monkeypatch.setattr(one_mesh, 'plan_train', plan_train)
     own = setting('2,2,1', jax.devices()[:4])
     with pytest.raises(ValueError) as error:
         CompiledStep(Full(*own), lines.append)(*state_and_batch(own, 4))
@@ -266,9 +271,52 @@ def test_out_of_memory_names_the_nearest_plan_that_fits(monkeypatch):
         'plan that fits: --mesh_dim=1,2,2 --train_dataset.json_dataset.batch_size=2 '
         '--optimizer.accumulate_gradient_steps=2 and 2 times the --total_steps')
     assert len(tried) == 6 and '--mesh_dim=1,4,1: too large' in lines[1]
-    monkeypatch.setattr(planning, 'plan_train', lambda other, *_: dataclasses.replace(plan(), fits=False, reason='no'))
+    monkeypatch.setattr(one_mesh, 'plan_train', lambda other, *_: dataclasses.replace(plan(), fits=False, reason='no'))
     with pytest.raises(ValueError, match='nothing else that was tried fits these devices'):
         CompiledStep(Full(*own), lines.append)(*state_and_batch(own, 4))
+
+
+def test_the_remedy_names_flags_that_have_an_effect(monkeypatch):
+    """The rows' flag is that of the data set's kind, and what the plan that fits does not keep is switched off: from
+    these flags train.py has that plan.
+    """
+    monkeypatch.setattr(one_mesh, 'plan_train', lambda other, batch, *_: dataclasses.replace(
+        plan(), fits=batch.tokens_BT.shape[0] == 2))
+    own = setting('2,2,1', jax.devices()[:4], compute=Compute(remat_attention='save:q,k', remat_mlp='nothing_saveable'))
+    flag = 'train_dataset.huggingface_dataset.batch_size'
+    with pytest.raises(ValueError) as error:
+        CompiledStep(Full(*own), lambda line: None, batch_size_flag=flag)(*state_and_batch(own, 4))
+    said = str(error.value).partition('that fits: ')[2].partition(' and 2 times')[0]
+    train = parse_flags(['train.py', '--llama.remat_attention=save:q,k', '--llama.remat_mlp=nothing_saveable',
+                         *said.split()], flags.TRAIN, '')
+    kept = [train.llama[name] for name in ('remat_block', 'remat_attention', 'remat_mlp')]
+    assert kept == ['nothing_saveable', '', '']
+    assert (train.mesh_dim, train.optimizer.accumulate_gradient_steps) == ('1,2,2', 2)
+    assert train.train_dataset.huggingface_dataset.batch_size == 2 and 'json_dataset' not in said
+
+
+def test_processes_wait_for_each_other_between_compiling_and_running(monkeypatch):
+    """Once for each program, none while a plan that fits is looked for: there only one process may be."""
+    happened = []
+
+    class Recorded(Setting):
+        def lower(self, batch, state=None):
+            happened.append('compile')
+            return types.SimpleNamespace(compile=lambda: lambda state, batch: (happened.append('run'), {}))
+
+    def step_of(kind):
+        return CompiledStep(kind(*setting()), lambda line: happened.append('describe'), lambda: happened.append('wait'))
+
+    monkeypatch.setattr(CompiledStep, '_summary', lambda *_: [])
+    compiled_step = step_of(Recorded)
+    for length in (4, 4, 8):
+        compiled_step(*state_and_batch(setting(), 8, length))
+    assert happened == ['compile', 'describe', 'wait', 'run', 'run', 'compile', 'describe', 'wait', 'run']
+    happened.clear()
+    monkeypatch.setattr(one_mesh, 'plan_train', lambda other, *_: dataclasses.replace(plan(), fits=len(happened) > 5))
+    with pytest.raises(ValueError, match='the nearest plan that fits'):
+        step_of(Full)(*state_and_batch(setting(), 8))
+    assert set(happened) == {'describe'} and len(happened) > 5
 
 
 def test_other_faults_of_the_compiler_keep_their_name(monkeypatch):
@@ -283,23 +331,23 @@ def test_other_faults_of_the_compiler_keep_their_name(monkeypatch):
 
 def test_resized_keeps_positions_and_segments():
     own = setting()
-    batch = compiled.resized(step.abstract_batch(own.mesh, 8, 32, 4, segments=True), 4, own)
+    batch = compiled.resized(abstract_batch(own.mesh, 8, 32, 4, segments=True), 4, own)
     assert [x.shape for x in jax.tree.leaves(batch)] == [(4, 32), (4, 32), (4, 4), (4, 4), (4, 4), (4,)]
-    assert compiled.resized(step.abstract_batch(own.mesh, 8, 32), 4, own).loss_positions_BP is None
+    assert compiled.resized(abstract_batch(own.mesh, 8, 32), 4, own).loss_positions_BP is None
 
 
 # ---------------------------------------------------------------- the program
 
 
 def parse(*arguments):
-    return flags.parse(['plan.py', '--topology=v5e:2x4', '--load_llama_config=debug', *arguments], flags.PLAN, '')
+    return parse_flags(['plan.py', '--topology=v5e:2x4', '--load_llama_config=debug', *arguments], flags.PLAN, '')
 
 
 def test_a_recipe_of_train_py_is_understood(golden):
     """Row count, length, mesh and what the optimizer keeps come from it; its data and learning rates are left be."""
     configs = golden.parent.parent / 'configs'
-    assert flags.parse(['plan.py', f'--config={configs}/tiny.py'], flags.PLAN, '').seq_length == 128
-    config = flags.parse(['plan.py', f'--config={configs}/article_001.py', '--batch_size=16'], flags.PLAN, '')
+    assert parse_flags(['plan.py', f'--config={configs}/tiny.py'], flags.PLAN, '').seq_length == 128
+    config = parse_flags(['plan.py', f'--config={configs}/article_001.py', '--batch_size=16'], flags.PLAN, '')
     assert (config.mesh_dim, config.seq_length, config.batch_size) == ('1,4,2', 1024, 16)
     assert config.load_llama_config == '3b'
     assert program.hyperparameters(config.optimizer) == AdamW(bf16_momentum=True, multiply_by_parameter_scale=True)
@@ -308,40 +356,69 @@ def test_a_recipe_of_train_py_is_understood(golden):
 def test_the_printed_command_says_what_was_planned():
     """train.py, given the command, has the planned mesh, batch, dtype, remat and optimizer."""
     config = parse('--llama.remat_block=save:q,k', '--optimizer.adamw_optimizer.bf16_momentum=True', '--seq_length=512',
-                   '--update_llama_config=dict(num_hidden_layers=4)')
+                   '--update_llama_config=dict(num_hidden_layers=4)', '--train_dataset.type=json')
     words = shlex.split(program.command(config, plan('2,2,2', batch_size=16)))
     assert words[:2] == ['python', 'train.py'] and words[-1] == '…'
-    train = flags.parse(words[1:-1], flags.TRAIN, '')
+    train = parse_flags(words[1:-1], flags.TRAIN, '')
     rows = train.train_dataset.json_dataset
     assert (train.mesh_dim, rows.batch_size, rows.seq_length, train.dtype) == ('2,2,2', 16, 512, 'bf16')
     assert train.llama.remat_block == 'save:q,k' and train.optimizer.adamw_optimizer.bf16_momentum
     assert train.update_llama_config == 'dict(num_hidden_layers=4)' and train.attention == 'pallas'
     served = shlex.split(program.command(parse('--serve', '--seq_length=256'), plan('1,1,8', batch_size=4)))
-    serve = flags.parse(served[1:-1], flags.SERVE, '')
+    serve = parse_flags(served[1:-1], flags.SERVE, '')
     assert (serve.mesh_dim, serve.lm_server.batch_size, serve.input_length, serve.seq_length) == ('1,1,8', 4, 128, 256)
+
+
+@pytest.mark.parametrize('mesh_dim', ['!1,4,2', 'dp:1,mp:2,fsdp:4'])
+def test_a_mesh_is_planned_as_it_was_written(mesh_dim, tmp_path, monkeypatch, capsys):
+    """The order of devices and axes is the user's in the mesh that is compiled for, in the row that is kept, which is
+    none of the mesh in its usual order, and in the command that is printed.
+    """
+    planned = []
+
+    def plan_train(own, *_):
+        planned.append(own.mesh)
+        return dataclasses.replace(plan(), mesh_dim=own.spelling)
+
+    monkeypatch.setattr(tpu_compile, 'devices', lambda name: jax.devices())
+    monkeypatch.setattr(program, 'usable_hbm', lambda mesh: 2 * GIB)
+    monkeypatch.setattr(program, 'plan_train', plan_train)
+    for wanted in (mesh_dim, mesh_dim, '1,4,2'):
+        program.main(parse(f'--mesh_dim={wanted}', f'--output={tmp_path}/plan.json'))
+    assert planned == [make_mesh(mesh_dim), make_mesh('1,4,2')]
+    written = json.loads((tmp_path / 'plan.json').read_text())
+    assert [row['mesh_dim'] for row in written['rows']] == [mesh_dim, '1,4,2']
+    said = capsys.readouterr().out.split('chosen: ')[1]
+    assert said.startswith(f'{mesh_dim}\n') and f'--mesh_dim={mesh_dim}' in shlex.split(said)
+
+
+def test_the_printed_command_names_the_flags_of_the_kind_of_data_set():
+    """Without a type that is train.py's default, huggingface: its json_dataset flags would have no effect."""
+    words = shlex.split(program.command(parse('--seq_length=512'), plan('2,2,2', batch_size=16)))
+    rows = parse_flags(words[1:-1], flags.TRAIN, '').train_dataset
+    assert (rows.type, rows.huggingface_dataset.batch_size, rows.huggingface_dataset.seq_length) == (
+        'huggingface', 16, 512)
 
 
 def test_a_finished_row_is_not_compiled_again(tmp_path, monkeypatch):
     """The same question finds its row in --output; another flag, or other sources, asks anew."""
     compiled_rows = []
 
-    def compile_one(config, sizes, compute, mesh, batch_size):
+    def compile_one(batch_size):
         compiled_rows.append(batch_size)
         return plan('1,4,2', batch_size=batch_size)
 
-    def ask(batch_size, *arguments):
-        config = parse(f'--output={tmp_path / "plan.json"}', *arguments)
-        one = functools.partial(compile_one, config, None, None, setting().mesh)
-        return program.Book(config).plan(one, batch_size)
+    def ask(batch_size, **flags):
+        return PlanFile(tmp_path / 'plan.json', flags).plan('1,4,2', batch_size, compile_one)
 
     assert ask(8) == ask(8) == plan('1,4,2') and compiled_rows == [8]
     ask(16)
     ask(16)
     assert compiled_rows == [8, 16]
-    ask(8, '--seq_length=2048')
+    ask(8, seq_length=2048)
     assert compiled_rows == [8, 16, 8]
-    monkeypatch.setattr(program, 'hash_of_sources', lambda: 'other')
-    ask(8, '--seq_length=2048')
+    monkeypatch.setattr(plan_file, 'digest', lambda *_: 'other')
+    ask(8, seq_length=2048)
     assert compiled_rows == [8, 16, 8, 8]
     for content in ('no JSON', '{"rows": []}', '[1]'):
         (tmp_path / 'plan.json').write_text(content)
@@ -354,11 +431,11 @@ def test_a_row_of_the_table_is_at_most_160_wide():
     wide = dataclasses.replace(plan('16,16,1', 12.3456, 95 * GIB, 96 * GIB, 4096), temporaries=60 * GIB, parts=dict(
         parameters=15 * GIB, optimizer=30 * GIB, activations=22 * GIB), wire_bytes={'dp': 10**11, 'fsdp': 10**11,
                                                                                    'mp': 10**11})
-    cells = planning.cells(wide)
-    line = planning.row(cells)
+    cells = table.cells(wide)
+    line = table.row(cells)
     assert len(line) <= 160 and all(f' {cell} ' in f' {line} ' for cell in cells)
-    assert len(planning.row(planning.HEADER)) == len(line)
-    refused = planning.cells(planning.refused(dataclasses.replace(plan(), temporaries=None, estimate=None,
+    assert len(table.row(table.HEADER)) == len(line)
+    refused = table.cells(one_mesh.refused(dataclasses.replace(plan(), temporaries=None, estimate=None,
                                                                   wire_bytes=None), exhausted(), 5.0))
     assert refused[5:9] == ('-', '19.54', '15.75', 'no') and refused[9:14] == ('-',) * 5
 
@@ -368,7 +445,7 @@ def test_decoding_is_counted_for_one_token():
     tokens = '  %w = (s32[]) while(%x), condition=%c, body=%b, metadata={op_name="jit(_decode)/shard_map/while"}'
     layers = ('  %v = (s32[]) while(%x), body=%d, metadata={op_name="jit(_decode)/shard_map/while/body/while"}, '
               'backend_config={"known_trip_count":{"n":"26"}}')
-    found = program.one_token(f'{tokens}\n{layers}\n').splitlines()
+    found = decoding.one_token(f'{tokens}\n{layers}\n').splitlines()
     assert found == [f'{tokens} "known_trip_count":{{"n":"1"}}', layers]
 
 
@@ -378,9 +455,10 @@ def test_decoding_is_counted_for_one_token():
     (['--llama.remat_mlp=save:x'], "'save:x' is not known"),
     (['--serve', '--seq_length=4096'], 'seq_length=4096 is more than the model was made for'),
     (['--optimizer.accumulate_gradient_steps=0'], 'accumulate_gradient_steps=0 must be at least 1'),
+    (['--topology=v9:2x2'], "name='v9:2x2' names no chip: one of v4, v5e"),
 ])
 def test_wrong_flags_are_refused_before_anything_is_compiled(arguments, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(Mistake, match=says):
         program.main(parse(*arguments))
 
 
@@ -398,7 +476,7 @@ def test_every_mesh_of_a_small_slice_is_planned_and_one_chosen(tmp_path):
                '--llama.remat_block=nothing_saveable']
     # apart from this process, in which the TPU compiler writes the schedule of all that it compiles
     environment = {name: value for name, value in os.environ.items() if name != 'LIBTPU_INIT_ARGS'}
-    run = lambda: subprocess.run(command, env=environment, cwd=program.ROOT, check=True, capture_output=True,
+    run = lambda: subprocess.run(command, env=environment, cwd=sources.ROOT, check=True, capture_output=True,
                                  text=True).stdout
     said = run()
     written = json.loads((tmp_path / 'plan.json').read_text())
@@ -419,9 +497,9 @@ def test_every_mesh_of_a_small_slice_is_planned_and_one_chosen(tmp_path):
 @pytest.mark.libtpu
 def test_usable_memory_is_what_libtpu_says():
     """GiB of a chip; on a CPU there is no limit."""
-    found = {name: planning.usable_hbm(make_mesh('1,-1,1', tpu_compile.devices(name))) / GIB for name in chips.CHIPS}
+    found = {name: usable_hbm(make_mesh('1,-1,1', tpu_compile.devices(name))) / GIB for name in chips.CHIPS}
     assert found == pytest.approx(dict(v4=30.75, v5e=15.75, v5p=95.74, v6e=31.25, v7x=94.75))
-    assert planning.usable_hbm(setting().mesh) is None
+    assert usable_hbm(setting().mesh) is None
 
 
 @pytest.mark.libtpu
@@ -429,8 +507,8 @@ def test_usable_memory_is_what_libtpu_says():
 def test_256_chips_have_meshes_and_hosts(name):
     """64 hosts of 4 chips; 65b divides over 256 chips, and a device holds a 256th of it."""
     own = setting('1,32,8', tpu_compile.devices(name), MODELS['65b'])
-    row = planning.uncompiled(own, step.abstract_batch(own.mesh, 256, 2048), None)
-    assert len(own.mesh.devices.flat) == 256 and len(program.host_devices(own.mesh)) == 4
+    row = one_mesh.uncompiled(own, abstract_batch(own.mesh, 256, 2048), None)
+    assert len(own.mesh.devices.flat) == 256 and len(host.host_devices(own.mesh)) == 4
     assert row.parts['parameters'] == pytest.approx(4 * 65.3e9 / 256, rel=0.01)
 
 
@@ -452,10 +530,9 @@ def test_a_program_too_large_for_a_v5e_is_answered_with_one_that_fits():
 @pytest.mark.libtpu
 def test_decoding_is_planned():
     """tiny on v5e:2x2 as 1,1,4: bfloat16 weights, a cache of all slots; prefill, grow and decode fit."""
-    config = parse('--serve', '--seq_length=128', '--attention=reference')
-    devices = tpu_compile.devices('v5e:2x2')
-    own = program.plan_decoding(config, TINY, Compute('bf16'), make_mesh('1,1,4', devices), chips.find('v5e'),
-                                planning.usable_hbm(make_mesh('1,1,4', devices)), 4)
-    weights = planning.device_bytes(step.abstract_state(TINY, AdamW(), 1, make_mesh('1,1,4', devices)).params)
+    mesh = make_mesh('1,1,4', tpu_compile.devices('v5e:2x2'))
+    own = decoding.plan_decoding(TINY, Compute('bf16', 'reference'), mesh, '1,1,4', 128, 4, chips.find('v5e'),
+                                 usable_hbm(mesh))
+    weights = one_mesh.device_bytes(abstract_state(TINY, AdamW(), 1, mesh).params)
     assert own.parts == dict(parameters=weights // 2, cache=2 * 2 * 3 * 4 * 128 * 128)
     assert own.fits and own.tokens == 4 and own.estimate.flops > 0

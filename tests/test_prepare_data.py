@@ -15,7 +15,7 @@ from data.parts import part, sample
 from data.prompt import PromptTemplate
 from data.records import RecordReader
 from data.text_processor import TextProcessor
-from program import flags
+from program import flags, parse
 
 ROWS = [{'text': 'a fine film', 'label': 1}, {'text': 'dull , "flat" and long', 'label': 0},
         {'text': 'café', 'label': 1}]
@@ -39,7 +39,7 @@ def write_jsonl(path, rows):
 
 
 def prepare(*arguments):
-    prepare_data.main(flags.parse(['prepare_data.py', *arguments], flags.PREPARE, prepare_data.__doc__))
+    prepare_data.main(parse.parse(['prepare_data.py', *arguments], flags.PREPARE, prepare_data.__doc__))
 
 
 def counts(examples):

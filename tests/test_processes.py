@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ import train
 from checkpoint import native
 from hosts import processes, start
 from mistake import Mistake
+from model.config import MODELS
 from model.partition import make_mesh
-from program import flags
+from program import flags, parse, settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 OPTIMIZER = '--optimizer.adamw_optimizer.'
@@ -151,7 +153,7 @@ def test_strangers_at_the_port_do_not_disturb_the_roll_call():
 WORKER = """
 import json, pathlib
 import jax, numpy as np, jax.numpy as jnp
-from program import flags
+from program import flags, parse
 from hosts import start
 from checkpoint import native
 from mistake import Mistake
@@ -176,7 +178,7 @@ def main(config):
     said = body(directory, arrays, outcome)
     pathlib.Path(f'{{directory}}-{{processes.index()}}.json').write_text(json.dumps(said))
 
-flags.run(main, flags.TRAIN)
+parse.run(main, flags.TRAIN)
 """
 
 
@@ -207,7 +209,7 @@ def saves_and_restores(directory, arrays, outcome):
     read = []
     verify = native._verify
     native._verify = lambda path, manifest, names: (read.extend(names), verify(path, manifest, names))
-    restored = native.restore(directory, None, targets)
+    restored = native.Step(directory).restore(targets)
     for name, array in arrays.items():
         for a, b in zip(array.addressable_shards, restored[name].addressable_shards, strict=True):
             assert np.array_equal(a.data, b.data) and a.index == b.index, name
@@ -228,15 +230,16 @@ def test_one_checkpoint_of_two_processes_is_read_by_one_and_by_four(tmp_path):
     expected = {name: value for name, (value, *_) in contents().items()}
     targets = {name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(
         make_mesh('2,1,4'), P(None, 'mp') if value.ndim else P())) for name, value in expected.items()}
-    restored = native.restore(directory, None, targets)
+    restored = native.Step(directory).restore(targets)
     assert all(equal_bits(restored[name], value) for name, value in expected.items())
-    assert native.read_meta(directory) == {'cursor': 5} and native.read_file(directory, 2, 'tokenizer.model') == b'abc'
-    files = native.read_manifest(directory)['files']
+    step = native.Step(directory)
+    assert step.meta == {'cursor': 5} and step.read_file('tokenizer.model') == b'abc'
+    files = step.files
     arrays = {name for name in files if name.startswith('arrays/')}
     assert verified[0] | verified[1] == arrays and all(len(part) < len(arrays) for part in verified)
     (directory / 'step_00000002').rename(tmp_path / 'kept')
     workers(tmp_path, 4, 2, saves_and_restores)
-    assert native.read_manifest(directory)['files'] == files
+    assert native.Step(directory).files == files
 
 
 def fails_on_one(directory, arrays, outcome):
@@ -319,7 +322,7 @@ def compare(ours: list[dict], theirs: list[dict], loss: float, gradient: float, 
 
 
 def train_here(*arguments) -> None:
-    train.main(flags.parse(list(arguments), flags.TRAIN, ''))
+    train.main(parse.parse(list(arguments), flags.TRAIN, ''))
 
 
 @pytest.mark.long
@@ -345,9 +348,9 @@ def test_processes_train_save_resume_and_die_together(golden, tmp_path):
     compare(two, json.loads((golden / 'easylm/train_curve.json').read_text())[:8], 2e-3, 1e-2, 1e-4)
 
     shutil.copytree(tmp_path / 'two/step_00000004', tmp_path / 'four/step_00000004')
-    (tmp_path / 'soon.py').write_text('import train\nfrom program import flags\nfrom hosts import start\n'
+    (tmp_path / 'soon.py').write_text('import train\nfrom program import flags, parse\nfrom hosts import start\n'
                                       'start.HEARTBEAT_SECONDS = 15\n'
-                                      'flags.run(train.main, flags.TRAIN)\n')
+                                      'parse.run(train.main, flags.TRAIN)\n')
     four = launch(4, 2, [str(tmp_path / 'soon.py'), *article(
         golden, tmp_path / 'four', '--mesh_dim=2,2,2', '--total_steps=1000', '--resume=True')[1:]], tmp_path)
     try:
@@ -384,6 +387,6 @@ def test_a_mistake_on_one_process_ends_all_with_its_line(tmp_path):
 
 def test_easylm_s_format_is_refused_before_several_processes_train(golden, monkeypatch):
     monkeypatch.setattr(train.processes, 'count', lambda: 2)
-    config = flags.parse(article(golden, 'x', '--checkpointer.format=easylm'), flags.TRAIN, '')
+    run = settings.read_run(parse.parse(article(golden, 'x', '--checkpointer.format=easylm'), flags.TRAIN, ''))
     with pytest.raises(ValueError, match='format=easylm is written by one process, and this run has 2: leave it nat'):
-        train.saver(config, None, None, None, config.train_dataset, None, 1)
+        train.checkpoint_writer(run, SimpleNamespace(config=MODELS['3b']), None, SimpleNamespace(values={}), None, 1)

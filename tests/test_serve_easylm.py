@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from checkpoint.load import load_params
+import checkpoint
 from data.tokenizer import load_tokenizer
 from model.config import Compute, config_from_dict
 from model.partition import make_mesh
@@ -36,8 +36,9 @@ def post(golden):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_file, 'SMALLEST_PROMPT', 64)
         jax.config.update('jax_disable_most_optimizations', True)
-        engine = Engine(load_params(f'params::{folder}/streaming_params_trained', config, mesh), config, Compute(),
-                        load_tokenizer(folder / 'tokenizer.model'), mesh, batch_size=2, input_length=64, seq_length=128)
+        params = checkpoint.open(f'params::{folder}/streaming_params_trained').load_params(config, mesh)
+        engine = Engine(params, config, Compute(), load_tokenizer(folder / 'tokenizer.model'), mesh,
+                        batch_size=2, input_length=64, seq_length=128)
         thread = EngineThread(engine, queue_size=4, warm_up=())
         with TestClient(make_app(thread, Options()), base_url='http://localhost:5007') as client:
             client.get('/ready')

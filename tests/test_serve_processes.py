@@ -21,23 +21,24 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+import checkpoint
 import serve
-from checkpoint.load import load_params
 from data.tokenizer import load_tokenizer
 from hosts import processes
 from model.config import Compute, config_from_dict
-from program import flags
+from program import flags, parse
 from serving import followers
 from serving.api import Options, make_app
 from serving.engine import Engine, RequestError
-from serving.followers import Line, follow
+from serving.followers import CallLine, follow
 from serving.thread import EngineThread
 
+EMITTERS = 'xla_cpu_use_fusion_emitters'  # gone from jaxlib 0.11
 PRETEND = """
 import os, sys, time
 from types import SimpleNamespace
 import serve
-from program import flags
+from program import flags, parse
 from serving.engine import Generation, RequestError
 
 class Engine:
@@ -65,9 +66,9 @@ class Engine:
             time.sleep(600)  # as it would in a program that the other never starts
         return [Generation(prompt, [], 1, 'stop', False) for prompt in prompts]
 
-serve.open_model = lambda config: SimpleNamespace(template=None)
+serve.open_model = lambda load, compute: SimpleNamespace(template=None)
 serve.load_engine = lambda config, model: Engine()
-flags.run(serve.main, flags.SERVE)
+parse.run(serve.main, flags.SERVE)
 """
 
 
@@ -91,7 +92,8 @@ class Pair:
             stderr=(folder / f'err{process}').open('w'), env=os.environ | environment | {
                 'PALLAMA_CACHE': str(folder), 'CALLS': str(folder / f'calls{process}'),
                 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                'XLA_FLAGS': '--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false',
+                'XLA_FLAGS': ' '.join(['--xla_force_host_platform_device_count=2',
+                                       *['--xla_cpu_use_fusion_emitters=false'] * (EMITTERS in helpers.QUICK)]),
             }) for process in range(2)]
 
     def text(self, name: str) -> str:
@@ -158,7 +160,7 @@ def test_two_processes_answer_as_one(golden, start, quick_compilation):
                  f'--tokenizer.vocab_file={folder}/tokenizer.model', '--input_length=16', '--seq_length=20')
     tokenizer = load_tokenizer(folder / 'tokenizer.model')
     config = config_from_dict(json.loads((folder / 'model.json').read_text()), 'model.json')
-    params = load_params(f'params::{folder}/streaming_params_trained', config, helpers.one_device())
+    params = checkpoint.open(f'params::{folder}/streaming_params_trained').load_params(config, helpers.one_device())
     engine = Engine(params, config, Compute(), tokenizer, helpers.one_device(), batch_size=4, input_length=16,
                     seq_length=20)
     prompts = ['the film', 'a', 'it wastes a fine idea .', 'one two', 'hello']
@@ -235,7 +237,7 @@ def test_what_runs_when_the_signal_comes_is_finished(pretend):
 
 
 class Store:
-    """What a Line asks of JAX's key-value store, for two threads that stand for two processes."""
+    """What a CallLine asks of JAX's key-value store, for two threads that stand for two processes."""
 
     def __init__(self):
         self.values, self.changed, self.barrier = {}, threading.Condition(), threading.Barrier(2)
@@ -270,11 +272,11 @@ def store(monkeypatch):
 
 def test_ready_means_that_all_are(store):
     """503 while the other process still compiles, though process 0 is done; 200 as soon as that one is, too."""
-    thread = EngineThread(SimpleNamespace(warm_up=lambda programs: iter(())), 2, line=Line())
+    thread = EngineThread(SimpleNamespace(warm_up=lambda programs: iter(())), 2, line=CallLine())
     client = TestClient(make_app(thread, Options()), base_url='http://localhost')
     time.sleep(0.2)
     assert client.get('/ready').status_code == 503
-    Line().ready()
+    CallLine().ready()
     thread.warm.result(10)
     assert client.get('/ready').status_code == 200
     thread.close()
@@ -282,8 +284,8 @@ def test_ready_means_that_all_are(store):
 
 def test_the_store_keeps_no_call_that_was_heard(store):
     """After a hundred calls it holds none of them; the line waits as long as it takes, and tells all of them."""
-    line, heard = Line(), []
-    other = threading.Thread(target=lambda: heard.extend(iter(Line().hear, None)), daemon=True)
+    line, heard = CallLine(), []
+    other = threading.Thread(target=lambda: heard.extend(iter(CallLine().hear, None)), daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(followers, 'ASK_SECONDS', 0.01)
         other.start()
@@ -300,11 +302,11 @@ def test_the_store_keeps_no_call_that_was_heard(store):
 def test_a_call_too_large_is_the_client_s_mistake(store, monkeypatch):
     """Refused before anything is told, in bytes and not in characters; the next call is told."""
     monkeypatch.setattr(followers, 'MAX_CALL_BYTES', 60)
-    line = Line()
+    line = CallLine()
     with pytest.raises(RequestError, match=r'61 bytes of text: at most 60 can be sent'):
         line.tell('generate', dict(prompts=['é' * 15]))
     assert store.values == {}
-    other = threading.Thread(target=Line().hear, daemon=True)
+    other = threading.Thread(target=CallLine().hear, daemon=True)
     other.start()
     line.tell('generate', dict(prompts=['e' * 15]))
     other.join(10)
@@ -316,7 +318,7 @@ def test_only_the_methods_of_a_request_can_be_named(store, method, monkeypatch):
     monkeypatch.setattr(followers.signal, 'signal', lambda *_: None)
     store.key_value_set('pallama/calls/0', json.dumps([method, {}]))
     with pytest.raises(RuntimeError, match=f"process 0 names '{method}'"):
-        follow(SimpleNamespace(warm_up=lambda programs: iter(())), (), Line())
+        follow(SimpleNamespace(warm_up=lambda programs: iter(())), (), CallLine())
 
 
 def test_processes_with_other_files_are_refused(monkeypatch):
@@ -325,4 +327,4 @@ def test_processes_with_other_files_are_refused(monkeypatch):
     monkeypatch.setattr(processes, 'exchange', lambda text: [text, text.replace('own', 'other')])
     model = SimpleNamespace(tokenizer=SimpleNamespace(fingerprint='own'), config='sizes')
     with pytest.raises(ValueError, match='the tokenizer and the model is own sizes on process 0 and other sizes on'):
-        serve.load_engine(flags.parse(['serve.py', '--load_checkpoint=x'], flags.SERVE, ''), model)
+        serve.load_engine(parse.parse(['serve.py', '--load_checkpoint=x'], flags.SERVE, ''), model)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoint import load
+import checkpoint
 from checkpoint.formats import gguf
 from model.config import MODELS, Compute
 from model.partition import make_mesh
@@ -21,10 +21,11 @@ def cases(golden):
 @pytest.fixture(scope='module')
 def engine(smollm2_gguf):
     spec, mesh = f'gguf::{smollm2_gguf}', make_mesh('1,1,1', jax.devices()[:1])
-    config = load.read_config(spec)
-    params, tokenizer = load.load_params(spec, config, mesh), load.read_tokenizer(spec)
+    source = checkpoint.open(spec)
+    config, tokenizer = source.config, source.tokenizer
+    params = source.load_params(config, mesh)
     return Engine(params, config, Compute(), tokenizer, mesh, batch_size=8, input_length=64, seq_length=84,
-                  add_bos_token=load.read_add_bos_token(spec))
+                  add_bos_token=source.add_bos_token)
 
 
 def test_config_is_the_named_model(smollm2_gguf):
@@ -34,7 +35,7 @@ def test_config_is_the_named_model(smollm2_gguf):
 
 def test_tokenizer_gives_the_ids_of_transformers(smollm2_gguf, cases):
     """All 35 prompts and both answers have equal ids, and the prompts survive decoding."""
-    tokenizer = load.read_tokenizer(f'gguf::{smollm2_gguf}')
+    tokenizer = checkpoint.open(f'gguf::{smollm2_gguf}').tokenizer
     assert len(cases) == 35
     for case in cases:
         assert tokenizer.encode(case['prompt']) == case['ids'] and tokenizer.decode(case['ids']) == case['prompt']

@@ -3,14 +3,16 @@ import collections
 import dataclasses
 import re
 
+import jax
 import pytest
 from helpers import MESHES, QUICK, TINY
 
 from instruments.tpu.collectives import collectives
-from model import llama
 from model.config import Compute
 from model.partition import make_mesh
+from model.weights import weight_specs
 from training import optimizer, step
+from training.state import abstract_batch, abstract_state
 
 HYPER = optimizer.AdamW(lr_warmup_steps=1, lr_decay_steps=8, bf16_momentum=True, multiply_by_parameter_scale=True)
 B, T = 8, 32
@@ -66,7 +68,7 @@ TABLE = {
 def compiled_collectives(mesh_dim: str, **compute) -> dict:
     mesh = make_mesh(mesh_dim)
     lowered = step.make_train_step(TINY, Compute(**compute), HYPER, 1, mesh).lower(
-        step.abstract_state(TINY, HYPER, 1, mesh), step.abstract_batch(mesh, B, T))
+        abstract_state(TINY, HYPER, 1, mesh), abstract_batch(mesh, B, T))
     found = collectives(lowered.compile(compiler_options=QUICK).as_text(), mesh)
     return {(one.kind, '+'.join(one.axes), one.bytes): one.times for one in found}
 
@@ -75,7 +77,7 @@ def predicted(mesh_dim: str, remat: bool) -> dict:
     """docs/PARTITIONING.md: bytes of one device by (collective, axes), of everything above 2 KB; float32."""
     dp, fsdp, mp = map(int, mesh_dim.split(','))
     N, M, K, D = TINY.num_hidden_layers, TINY.hidden_size, TINY.num_key_value_heads, TINY.head_dim
-    matrices = [spec for spec in optimizer.spec_leaves(llama.weight_specs(TINY)) if spec.init == 'normal']
+    matrices = [spec for spec in jax.tree.leaves(weight_specs(TINY)) if spec.init == 'normal']
     layers, ends = (4 * sum(spec.size for spec in matrices if spec.stacked is stacked) for stacked in (True, False))
     activation = 4 * B // (dp * fsdp) * T * M
     shared = 4 * N * 2 * M * K * D if mp > K else 0
@@ -121,7 +123,7 @@ def test_programs_do_not_grow_with_depth():
     def lines(layers):
         config = dataclasses.replace(TINY, num_hidden_layers=layers)
         return len(step.make_train_step(config, Compute(), HYPER, 1, mesh).lower(
-            step.abstract_state(config, HYPER, 1, mesh), step.abstract_batch(mesh, B, T)).as_text().splitlines())
+            abstract_state(config, HYPER, 1, mesh), abstract_batch(mesh, B, T)).as_text().splitlines())
 
     assert lines(2) == lines(20)
 
@@ -133,7 +135,7 @@ def test_gradients_are_summed_in_the_dtype_of_the_flag(reduce_gradients, in_floa
     """
     mesh = make_mesh('2,4,1')
     text = step.make_train_step(TINY, Compute('bf16', reduce_gradients=reduce_gradients), HYPER, 1, mesh).lower(
-        step.abstract_state(TINY, HYPER, 1, mesh), step.abstract_batch(mesh, B, T)).as_text()
+        abstract_state(TINY, HYPER, 1, mesh), abstract_batch(mesh, B, T)).as_text()
     results = lambda name: re.findall(rf'stablehlo\.{name}"?\(.*?\) -> \(?tensor<[\dx]*?(bf16|f32)>', text, re.DOTALL)
     assert set(results('all_gather')) == {'bf16'}
     assert results('reduce_scatter').count('f32') == in_float32

@@ -103,6 +103,11 @@ def test_an_axis_of_one_device_sends_nothing():
     ('replica_groups=[2,2]<=[4]', [[0, 1], [2, 3]]),
     ('replica_groups=[2,2]<=[2,2]T(1,0)', [[0, 2], [1, 3]]),
     ('replica_groups={}', [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['fsdp'=2,'mp'=2] {'mp'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['dp'=1,'fsdp'=2,'mp'=2] {'fsdp'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['fsdp'=2,'mp'=2] {'mp','fsdp'}", [[0, 2, 1, 3]]),
+    ("replica_groups=mesh['fsdp'=2,'mp'=2], device_ids=(3,1,2,0) {'mp'}", [[3, 1], [2, 0]]),
+    ("replica_groups=mesh['fsdp'=2,'mp'=2], device_ids=([2,2]T(1,0)) {'mp'}", [[0, 2], [1, 3]]),
 ])
 def test_groups_are_read_in_each_of_their_forms(written, groups):
     attributes = f', channel_id=1, {written}, use_global_device_ids=true'
@@ -116,6 +121,8 @@ def test_groups_of_another_mesh_or_of_none_raise():
         device_groups(reduce(', replica_groups={{0,1},{2,4}}'), 4)
     with pytest.raises(ValueError, match='no groups of devices in psum.1'):
         device_groups(reduce(', to_apply=%add'), 4)
+    with pytest.raises(ValueError, match='a part of an axis is not known'):
+        device_groups(reduce(", replica_groups=mesh['x'=4] {'x':(1)2}"), 4)
 
 
 ASYNCHRONOUS = """HloModule started, is_scheduled=true

@@ -7,10 +7,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
+from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
+from instruments.tpu.chips import CHIPS
 from instruments.tpu.compile import compile_for
-from kernels import chips
-from kernels.chips import CHIPS
+from kernels import tiles
 
 
 def test_clocks_follow_from_the_peak_and_the_units():
@@ -37,6 +38,11 @@ def test_schedules_are_asked_for_before_libtpu_is_loaded(monkeypatch):
     monkeypatch.setattr(tpu_compile, 'library', tpu_compile.Library(prepared=True, loaded=True))
     with pytest.raises(ValueError, match='before the first compilation'):
         tpu_compile.prepare(schedules=True)
+
+
+def test_the_kernels_know_every_chip_and_its_vmem():
+    """By every kind that JAX gives it; the core has these figures of its own, since it imports no instruments."""
+    assert tiles.CHIPS == {kind: (chip.name, chip.vmem_bytes) for chip in CHIPS.values() for kind in chip.kinds}
 
 
 @pytest.mark.libtpu

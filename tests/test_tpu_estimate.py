@@ -11,10 +11,11 @@ import pytest
 
 from instruments.kernel_time import static_times
 from instruments.tpu import hlo, interconnect, operations
+from instruments.tpu.chips import CHIPS
 from instruments.tpu.collectives import Collective, collectives
 from instruments.tpu.estimate import Estimate, estimate
 from instruments.tpu.step_cost import step_cost
-from kernels.chips import CHIPS
+from training.state import abstract_batch, abstract_state
 
 V5E = CHIPS['v5e']
 LINK = 45e9  # bytes/s, one way
@@ -306,7 +307,7 @@ def debug_step():
     compute = Compute(dtype='bf16', remat_block='nothing_saveable')
     with jax.set_mesh(mesh):
         lowered = step.make_train_step(config, compute, AdamW(), 1, mesh).lower(
-            step.abstract_state(config, AdamW(), 1, mesh), step.abstract_batch(mesh, 8, 128))
+            abstract_state(config, AdamW(), 1, mesh), abstract_batch(mesh, 8, 128))
     return config, [tuple(device.coords) for device in mesh.devices.flat], lowered.compile().as_text()
 
 

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from instruments.kernel_time import static_cost
 from instruments.kernel_time.schedule import parse
 from instruments.kernel_time.static_cost import LATENCY, Transfers
+from instruments.tpu import chips
 from instruments.tpu.step_cost import step_cost
-from kernels import chips
 
 V5E = chips.CHIPS['v5e']
 GRANULES = 1000  # of 32 bytes

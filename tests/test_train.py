@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+import checkpoint
 import train
-from checkpoint import load, native
+from checkpoint import native
 from model.config import MODELS, LlamaConfig, named_config
 from model.partition import make_mesh
-from program import flags
+from program import flags, parse, settings
+from program.model import find_config
 from training.optimizer import AdamW, Palm
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,7 +25,7 @@ OPTIMIZER = '--optimizer.adamw_optimizer.'
 
 
 def run(*arguments) -> None:
-    train.main(flags.parse(['train.py', *arguments], flags.TRAIN, ''))
+    train.main(parse.parse(['train.py', *arguments], flags.TRAIN, ''))
 
 
 def metrics(directory) -> list[dict]:
@@ -78,10 +80,10 @@ def test_resume_equals_uninterrupted(golden, tmp_path):
     keys = ('step', 'loss', 'gradient_norm', 'param_norm', 'dataset_file_loc')
     a, b = ([[row[key] for key in keys] for row in metrics(tmp_path / name)] for name in ('whole', 'parts'))
     assert a == b and len(a) == 5
-    names = native.read_manifest(tmp_path / 'whole', 5)['arrays']
+    names = native.Step(tmp_path / 'whole', 5).arrays
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = lambda entry: jax.ShapeDtypeStruct(entry['shape'], entry['dtype'], sharding=device)
-    a, b = (native.restore(tmp_path / name, 5, {key: target(entry) for key, entry in names.items()})
+    target = lambda entry: jax.ShapeDtypeStruct(*entry, sharding=device)
+    a, b = (native.Step(tmp_path / name, 5).restore({key: target(entry) for key, entry in names.items()})
             for name in ('whole', 'parts'))
     assert len(names) == 3 * 12 + 2 + 12
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -126,14 +128,14 @@ def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path)
     (OPTIMIZER + 'lr=0', 'optimizer.adamw_optimizer.lr=0.0 must be above 0'),
     (OPTIMIZER + 'lr_warmup_steps=200000000', 'must exceed lr_warmup_steps'),
     ('--total_steps=0', 'total_steps=0 needs'),
-    (OPTIMIZER + 'learning_rate=1', "Unknown command line flag 'optimizer.adamw_optimizer.learning_rate'"),
+    (OPTIMIZER + 'learning_rate=1', "unknown flag --optimizer.adamw_optimizer.learning_rate: did you mean --opt"),
     ('--config=configs/none.py', "config='configs/none.py' does not exist"),
     ('--load_llama_config=json::/no/such.json', "load_llama_config='json::/no/such.json' cannot be read: No such file"),
 ])
 def test_mistakes_end_with_one_line_and_exit_code_2(golden, tmp_path, monkeypatch, capsys, wrong, says):
     monkeypatch.setattr('sys.argv', ['train.py', *easylm_flags(golden, tmp_path), '--mesh_dim=1,8,1', wrong])
     with pytest.raises(SystemExit) as exit:
-        flags.run(train.main, flags.TRAIN)
+        parse.run(train.main, flags.TRAIN)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2 and line.startswith('train.py: ')
     assert re.search(says, line), line
@@ -183,7 +185,8 @@ def test_an_accumulation_that_would_never_end_is_refused(golden, tmp_path):
 
 
 def model_flags(*arguments):
-    return train.model_flags(flags.parse(['train.py', *arguments], flags.TRAIN, ''))
+    given = parse.parse(['train.py', *arguments], flags.TRAIN, '')
+    return find_config(settings.read_load(given), None), settings.read_compute(given)
 
 
 def test_defaults_of_flags_are_those_of_the_classes_they_fill():
@@ -193,7 +196,7 @@ def test_defaults_of_flags_are_those_of_the_classes_they_fill():
         table = {flag.name.removeprefix(prefix): flag for flag in flags.TRAIN if flag.name.startswith(prefix)}
         assert table
         for name, flag in table.items():
-            if not flag.only and not name.startswith('remat_'):
+            if not flag.only and not name.startswith('remat_') and name != 'lr_warmup_ratio':
                 assert getattr(filled, name) == flag.default, name
 
 
@@ -201,13 +204,13 @@ def test_sizes_come_from_the_name_else_the_flags_and_the_update_comes_last():
     """3b by name; llama flags alone; an update in either spelling, whose head_dim follows the new width."""
     assert model_flags('--load_llama_config=3b')[0] == MODELS['3b']
     small = ['--llama.hidden_size=64', '--llama.num_attention_heads=4', '--llama.num_hidden_layers=1']
-    sizes, remat = model_flags(*small, '--llama.remat_mlp=checkpoint_dots')
+    sizes, compute = model_flags(*small, '--llama.remat_mlp=checkpoint_dots')
     assert (sizes.hidden_size, sizes.head_dim, sizes.num_key_value_heads, sizes.vocab_size) == (64, 16, 4, 32000)
-    assert remat == dict(remat_block='', remat_attention='', remat_mlp='checkpoint_dots')
+    assert (compute.remat_block, compute.remat_attention, compute.remat_mlp) == ('', '', 'checkpoint_dots')
     for text in ("dict(hidden_size=128, remat_block='nothing_saveable', use_cache=True, resid_pdrop=0.0)",
                  "{'hidden_size': 128, 'remat_block': 'nothing_saveable'}"):
-        sizes, remat = model_flags(*small, f'--update_llama_config={text}')
-        assert (sizes.hidden_size, sizes.head_dim, remat['remat_block']) == (128, 32, 'nothing_saveable')
+        sizes, compute = model_flags(*small, f'--update_llama_config={text}')
+        assert (sizes.hidden_size, sizes.head_dim, compute.remat_block) == (128, 32, 'nothing_saveable')
 
 
 @pytest.mark.parametrize('arguments, says', [
@@ -234,7 +237,7 @@ def test_random_weights_make_room_for_the_tokenizer(golden, tmp_path):
     small = ['--llama.vocab_size=600', '--llama.hidden_size=64', '--llama.num_attention_heads=4',
              '--llama.num_hidden_layers=1', '--llama.intermediate_size=64']
     run(*small, *[flag for flag in easylm_flags(golden, tmp_path) if '--load_' not in flag], '--total_steps=1')
-    sizes = native.read_meta(tmp_path)['model']
+    sizes = native.Step(tmp_path).meta['model']
     assert (sizes['vocab_size'], sizes['bos_token_id'], sizes['eos_token_id']) == (640, 1, 2)
 
 
@@ -242,8 +245,9 @@ def test_random_weights_make_room_for_the_tokenizer(golden, tmp_path):
 
 
 def wandb_options(tmp_path, *arguments):
-    config = flags.parse(['train.py', f'--logger.output_dir={tmp_path}', *arguments], flags.TRAIN, '')
-    return train.wandb_options(config, train.run_directory(config.logger)), train.run_directory(config.logger)
+    given = ['train.py', f'--logger.output_dir={tmp_path}', '--logger.online=True', *arguments]
+    run = settings.read_run(parse.parse(given, flags.TRAIN, ''))
+    return run.wandb, run.output_dir
 
 
 def test_logger_flags_reach_weights_and_biases_under_its_names(tmp_path):
@@ -255,7 +259,7 @@ def test_logger_flags_reach_weights_and_biases_under_its_names(tmp_path):
         '--logger.notes=n', '--logger.anonymous=allow', f'--logger.wandb_dir={tmp_path}/w', '--logger.project=p')
     config = options.pop('config')
     assert options == dict(project='p', id='a--x', entity='e', notes='n', anonymous='allow', dir=f'{tmp_path}/w')
-    assert directory == tmp_path / 'a--x' and (tmp_path / 'w').is_dir()
+    assert directory == tmp_path / 'a--x'
     assert config['train_dataset']['text_processor'] and config['eval_dataset']['text_processor']
     with pytest.raises(ValueError, match='logger.prefix_to_id=True needs'):
         wandb_options(tmp_path, '--logger.prefix_to_id=True', '--logger.prefix=a')
@@ -282,7 +286,7 @@ def test_easylm_format_writes_what_easylm_and_our_own_flags_read(golden, tmp_pat
     sizes = named_config(f'json::{tmp_path}/easylm/metadata.json')
     mesh = make_mesh('1,8,1')
     specs = (f'params::{tmp_path}/easylm/streaming_params', str(tmp_path / 'native'))
-    jax.tree.map(np.testing.assert_array_equal, *(load.load_params(spec, sizes, mesh) for spec in specs))
+    jax.tree.map(np.testing.assert_array_equal, *(checkpoint.open(spec).load_params(sizes, mesh) for spec in specs))
     run(*easylm_flags(golden, tmp_path / 'end'), '--total_steps=2', '--checkpointer.format=easylm',
         '--save_milestone_freq=2')
     assert (tmp_path / 'end/streaming_params').is_file()  # the end of a run has its name, milestone or not

@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
+import checkpoint
 import convert
-from checkpoint import load
 from data.tokenizer import load_tokenizer
-from program import flags
+from program import flags, parse
 
 pytestmark = pytest.mark.oracle
 
@@ -15,7 +15,7 @@ CASES = ('gqa_tied', 'head_dim_100', 'llama31_rope', 'mha_untied')
 
 
 def run(spec, kind, output, *words):
-    convert.main(flags.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
+    convert.main(parse.parse(['convert.py', f'--load_checkpoint={spec}', f'--format={kind}', f'--output={output}',
                               *words], flags.CONVERT, ''))
     return output
 
@@ -38,7 +38,7 @@ def test_transformers_gives_the_golden_logits(golden, tmp_path, case, shard_size
     directory = run(str(tmp_path / 'native'), 'hf', tmp_path / 'hf', f'--max_shard_size={shard_size}')
     model, logits = forward(directory, expected['tokens'])
     assert np.abs(logits - expected['logits']).max() <= 1e-6 * np.abs(expected['logits']).max()
-    assert model.generation_config.eos_token_id == load.read_config(f'hf::{directory}').eos_token_id
+    assert model.generation_config.eos_token_id == checkpoint.open(f'hf::{directory}').config.eos_token_id
     assert json.loads((directory / 'config.json').read_text())['head_dim'] == model.config.head_dim
 
 

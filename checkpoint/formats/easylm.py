@@ -1,4 +1,4 @@
-"""Reads LLaMA weights that EasyLM (August 2023) saved.  Neighbours: load.py, easylm_writer.py, easylm_train_state.py.
+"""Reads LLaMA weights that EasyLM (August 2023) saved.  Neighbours: easylm_writer.py, easylm_train_state.py.
 
 Format facts (EasyLM's checkpoint.py; flax.serialization): a streaming file is a sequence of msgpack values
 
@@ -68,14 +68,15 @@ class Header(NamedTuple):
 class Reader:
     """An EasyLM file of one `kind` (see ROOTS), opened for reading.
 
-    head_dim: the caller's, since the file does not state it.  keys: all of the file.  names: those of its weights.
+    head_dim: the caller's, since the file does not state it (it may be set later).  keys: all of the file.  names:
+    those of its weights.
     Raises Mistake for a broken file and for one of another kind.
     """
 
     config = None
 
-    def __init__(self, path: str, kind: str, head_dim: int):
-        self.path, self.notes, self._head_dim = Path(path), [], head_dim
+    def __init__(self, path: str, kind: str, head_dim: int | None = None):
+        self.path, self.notes, self.head_dim = Path(path), [], head_dim
         if self.path.is_dir():
             raise Mistake(f'{path} is a directory: name the file in it, such as {self.path / "streaming_params"}')
         refuse_placeholder(self.path)
@@ -96,7 +97,7 @@ class Reader:
         self.names = {key.removeprefix(root) for key in self.keys if key.startswith(root)}
 
     def under(self, root: str) -> 'Reader':
-        """The same file, read for the tensors shaped like the weights whose keys begin with `root`, as momenta are."""
+        """Return a Reader of the tensors that lie below `root` shaped like the weights, as momenta do."""
         other = copy.copy(self)
         other._set_root(root)
         return other
@@ -117,7 +118,7 @@ class Reader:
         return shape[::-1] if name == 'head' else shape
 
     def array(self, key: str, bounds: Bounds = None) -> np.ndarray:
-        """What lies under a key of the file (joined with '/'), as stored, or the part of it within `bounds`."""
+        """Read the array under a key of the file (joined with '/'), as stored, or the part of it within `bounds`."""
         if key not in self.keys:
             raise Mistake(f'{self.path}: no tensor {key!r}')
         if self._entries:
@@ -136,7 +137,7 @@ class Reader:
         if name == 'head':
             return read(transposed(bounds)).T
         if name in ('layers.w_q', 'layers.w_k'):
-            return half_split_part(read, bounds, self._head_dim)
+            return half_split_part(read, bounds, self.head_dim)
         return read(bounds)
 
 

@@ -6,8 +6,6 @@ scheduled weight decay, inside MultiSteps where gradients are accumulated.  Stat
 part counts optimizer steps by itself.  Momenta and second moments are trees like the weights, so they are turned like
 them: rotary order, transposed head.  `layout` is the whole of it, for reading and for writing (easylm_writer.py).
 """
-from pathlib import Path
-
 import numpy as np
 
 from checkpoint.formats.easylm import Reader
@@ -39,18 +37,17 @@ def layout(parameter_scale: bool, accumulated: bool) -> list[tuple[str, str]]:
 class TrainStateReader:
     """A train state opened for reading.
 
-    step: micro-steps that EasyLM had done.  scalars: 'optimizer.count' and 'optimizer.micro_step', int32, by the names
-    of our checkpoints.  Raises Mistake if the file was saved with another kind of optimizer.
+    scalars: 'optimizer.count' and 'optimizer.micro_step', int32, by the names of our checkpoints.
+    Raises Mistake if the file was saved with another kind of optimizer.
     """
 
-    def __init__(self, path: str, head_dim: int, parameter_scale: bool, accumulated: bool):
-        self._file = Reader(path, 'trainstate', head_dim)
+    def __init__(self, file: Reader, parameter_scale: bool, accumulated: bool):
+        self._file = file
         self._check('optimizer.accumulate_gradient_steps', 'opt_state/acc_grads/', accumulated, ' above 1', '=1')
         inner = 'opt_state/inner_opt_state/' if accumulated else 'opt_state/'
         self._check('optimizer.adamw_optimizer.multiply_by_parameter_scale', f'{inner}1/3/ema/', parameter_scale,
                     '=True', '=False')
         self._roots = {what: key for key, what in layout(parameter_scale, accumulated)}
-        self.step = read_step(path)
         self.scalars = {'optimizer.count': self._file.array(self._roots['count']).astype(np.int32),
                         'optimizer.micro_step': np.int32(self._file.array(self._roots['micro_step']))
                         if accumulated else np.int32(0)}
@@ -66,9 +63,9 @@ class TrainStateReader:
         return self._file.under(self._roots[what] + '/')
 
 
-def read_step(path: str) -> int:
-    """The micro-steps done of a train state; raises Mistake if the file is none."""
-    step = Reader(path, 'trainstate', 0).array('step')
+def read_step(file: Reader) -> int:
+    """Read the micro-steps that EasyLM had done."""
+    step = file.array('step')
     if step.shape or step.dtype != np.int32 or step < 0:
-        raise Mistake(f'{Path(path)}: step={step} must be a whole number')
+        raise Mistake(f'{file.path}: step={step} must be a whole number')
     return int(step)

@@ -1,4 +1,4 @@
-"""Reads a LLaMA and its tokenizer from one GGUF file (llama.cpp's format).  Neighbours: load.py, rotary_order.py.
+"""Reads a LLaMA and its tokenizer from one GGUF file (llama.cpp's format).  Neighbours: ../source.py, rotary_order.py.
 
 Format facts (the GGUF specification of ggml, and llama.cpp's convert_hf_to_gguf):
   - header: magic 'GGUF', version u32, tensor count u64, key count u64; keys (string, type u32, value); tensor infos

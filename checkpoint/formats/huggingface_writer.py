@@ -1,4 +1,4 @@
-"""Writes a LLaMA as a Hugging Face directory.  Format: huggingface.py.  Neighbours: writing.py, load.py.
+"""Writes a LLaMA as a Hugging Face directory.  Format: huggingface.py.  Neighbours: writing.py, ../source.py.
 
 A safetensors file is 8 bytes with the length of its header, the header (JSON: name -> dtype, shape, place of its data),
 and the data.  All of the header follows from the configuration, so it goes first and then one tensor after the other:
@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 
 from checkpoint.formats.huggingface import DTYPES, NAMES
-from checkpoint.load import tensors_of
+from checkpoint.formats.reading import tensors_of
 from checkpoint.writing import FLOATS, appears_whole, rounded
 from data.tokenizer import Tokenizer
 from model.config import LlamaConfig

@@ -1,17 +1,26 @@
-"""What the readers of foreign files share: a part of an array, straight from the file.
+"""Share between formats: the tensors of a model, and a part of an array straight from a file.
 
-Users: huggingface.py, easylm.py, gguf.py.  `bounds` name a part: (start, stop) per dimension, or None for the whole.
+`bounds` name a part: (start, stop) per dimension, or None for the whole.
 """
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from checkpoint.formats.rotary_order import half_split_from_interleaved
+from model.config import LlamaConfig
+from model.weights import WeightSpec, weight_specs
 
 BLOCK_BYTES = 1 << 25  # of the file that is mapped at a time
 
 Bounds = tuple[tuple[int, int], ...] | None
+
+
+def tensors_of(config: LlamaConfig) -> list[tuple[WeightSpec, int | None]]:
+    """List [(weight, layer)]: what a reader's `tensor` is asked for, layer None where a weight is not stacked."""
+    return [(spec, layer) for spec in jax.tree.leaves(weight_specs(config))
+            for layer in (range(spec.shape[0]) if spec.stacked else [None])]
 
 
 def slices(bounds: Bounds) -> tuple[slice, ...]:

@@ -1,4 +1,4 @@
-"""The attention kernels that ours are measured against, as cases of one shape table.
+"""Make the cases of the attention kernels that ours are measured against.
 
   flash          jax.experimental.pallas.ops.tpu.flash_attention            tiles: queries, keys
   splash         jax.experimental.pallas.ops.tpu.splash_attention           tiles: queries, keys, keys a step
@@ -12,49 +12,29 @@ partial dq for each block of keys; adding them is XLA's, and its HBM traffic is 
 """
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from instruments.bench import shapes
+from instruments.bench.cases import Case, with_gradient
 from instruments.bench.shapes import AttentionShape, DecodeShape
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One kernel at one shape, ready to compile.
-
-    `arrange` brings (q_BTHD, k_BSKD, v_BSKD[, do_BTHD]) into the kernel's layout, `function(*arranged, *integers)`
-    calls it, `restore` brings what comes out into the layout of q (or of q, k, v) again.
-    """
-    function: Callable
-    arrange: Callable = lambda *arrays: arrays
-    restore: Callable = lambda out: out
-    integers: tuple[np.ndarray, ...] = ()  # lengths, page tables
-    only: str = ''  # regular expression for the names of the kernels that count
-    extra_bytes: int = 0  # HBM traffic outside the kernel that its result needs
-
-
 def swap(*arrays):
-    """[B, T, H, D] <-> [B, H, T, D]"""
+    """Exchange heads and tokens: [B, T, H, D] <-> [B, H, T, D]."""
     return tuple(x.swapaxes(1, 2) for x in arrays)
 
 
-def with_gradient(forward, backward: bool):
-    """forward(q, k, v), or what its vjp gives for (q, k, v, do)."""
-    if not backward:
-        return forward
-    return lambda q, k, v, do, *rest: jax.vjp(lambda q, k, v: forward(q, k, v, *rest), q, k, v)[1](do)
-
-
 def attention_case(forward, backward: bool, **rest) -> Case:
+    """Make the case of forward(q_BHTD, k_BKTD, v_BKTD), or of its gradients."""
     restore = (lambda out: swap(*out)) if backward else (lambda out: swap(out)[0])
     return Case(with_gradient(forward, backward), swap, restore, only='bwd|dkv|dq' if backward else '', **rest)
 
 
 def flash(shape: AttentionShape, backward: bool, tiles: tuple[int, ...]) -> Case:
+    """Make a case of JAX's flash attention; tiles: queries, keys."""
     from jax.experimental.pallas.ops.tpu import flash_attention as kernel
     q, k = tiles
     sizes = kernel.BlockSizes(
@@ -71,6 +51,7 @@ def flash(shape: AttentionShape, backward: bool, tiles: tuple[int, ...]) -> Case
 
 
 def splash(shape: AttentionShape, backward: bool, tiles: tuple[int, ...]) -> Case:
+    """Make a case of JAX's splash attention; tiles: queries, keys, keys a step."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     q, k, step = tiles
@@ -83,6 +64,7 @@ def splash(shape: AttentionShape, backward: bool, tiles: tuple[int, ...]) -> Cas
 
 
 def tokamax(shape: AttentionShape, backward: bool, tiles: tuple[int, ...]) -> Case:
+    """Make a case of tokamax's splash attention; tiles: queries, keys, keys a step."""
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as kernel
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
     q, k, step = tiles
@@ -94,6 +76,7 @@ def tokamax(shape: AttentionShape, backward: bool, tiles: tuple[int, ...]) -> Ca
 
 
 def splash_case(made, shape: AttentionShape, backward: bool, block_kv: int) -> Case:
+    """Make a case of a kernel of one row, with the bytes of its partial dq: one for each block of keys."""
     mapped = jax.vmap(made) if shape.B > 1 else (lambda q, k, v: made(q[0], k[0], v[0])[None])
     blocks = shape.T // block_kv
     partial = 2 * shape.B * shape.H * shape.T * max(128, shape.D) * (blocks + 1) if backward and blocks > 1 else 0
@@ -101,6 +84,7 @@ def splash_case(made, shape: AttentionShape, backward: bool, block_kv: int) -> C
 
 
 def paged(shape: DecodeShape, tiles: tuple[int, ...]) -> Case:
+    """Make a case of JAX's paged attention; tiles: tokens of a page, pages of a block."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kernel as kernel
     page, block = tiles
     table = shapes.page_table(dataclasses.replace(shape, page=page))
@@ -115,6 +99,7 @@ def paged(shape: DecodeShape, tiles: tuple[int, ...]) -> Case:
 
 
 def ragged_paged(shape: DecodeShape, tiles: tuple[int, ...]) -> Case:
+    """Make a case of JAX's ragged paged attention; tiles: tokens of a page, pages of a block, queries of a block."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
     page, block, queries = tiles
     table = shapes.page_table(dataclasses.replace(shape, page=page))
@@ -134,7 +119,7 @@ def ragged_paged(shape: DecodeShape, tiles: tuple[int, ...]) -> Case:
 
 
 def into_pages(x_BSKD, table, page: int):
-    """[pool, page, K, D]: page n of row b goes to table[b, n]; places that no row uses hold zeros."""
+    """Cut rows into pages [pool, page, K, D]: page n of row b goes to table[b, n]; unused places hold zeros."""
     B, S, K, D = x_BSKD.shape
     pool = jnp.zeros((table.size + 1, page, K, D), x_BSKD.dtype)
     return pool.at[table.ravel()].set(x_BSKD.reshape(-1, page, K, D))
@@ -153,11 +138,12 @@ DECODE = {
 
 
 def installed(name: str) -> bool:
+    """Say whether a kernel's package is there."""
     return name != 'tokamax' or importlib.util.find_spec('tokamax') is not None
 
 
 def grid(name: str, shape: AttentionShape | DecodeShape) -> list[tuple[int, ...]]:
-    """The tiles of a kernel that divide a shape; none where the kernel does not take the shape at all."""
+    """List the tiles of a kernel that divide a shape; none where the kernel does not take the shape at all."""
     if isinstance(shape, AttentionShape):
         return [] if shape.segments else [tiles for tiles in ATTENTION[name][1]
                                           if all(shape.T % tile == 0 for tile in tiles)]

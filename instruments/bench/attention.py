@@ -4,73 +4,52 @@
     python -m instruments.bench.attention                                    wall clock, on a machine with a TPU
     python -m instruments.bench.attention --target=v5e --shapes=s1,s4 --kernels=ours,splash --passes=forward
 
-Static figures are the compiler's schedule, not a measurement (tpu/static_cost.py states the model and its error).  Wall
-clock is the device profiler's time of the kernels alone, the median of many calls; that part has not been run: it was
-written on a machine without a TPU.  The time of a kernel in interpret mode is never taken.
+Static figures are the compiler's schedule, not a measurement (kernel_time/static_cost.py states the model and its
+error).  Wall clock is the device profiler's time of the kernels alone, the median of many calls; that part has not been
+run: it was written on a machine without a TPU.  The time of a kernel in interpret mode is never taken.
 
 Before ours is timed it must agree with kernels/reference.py on a small version of the shape: on the TPU, or else in
 interpret mode.  The shipped kernels are checked on a TPU only.  They are timed with every tiling of a stated grid
-(kernels/anchors.py), ours with the tuned tiles; the table shows the best.
+(anchors.py), ours with the tuned tiles; the table shows the best.
 
 FLOPs are the useful ones: causal forward 4 B H D T (T+1) / 2, backward 2.5 times that; a kernel that multiplies masked
 scores gets nothing for it.  Bytes are the least that must cross HBM.  `rows.jsonl` in --output has one row for each
-kernel, shape, pass, tiling and chip; a row that is there already, of the same source and versions, is not timed again.
+kernel, shape, pass, tiling and chip; a row that is there already, of the same sources (the kernel's and the
+instruments') and versions, is not timed again.
 """
-import collections
 import dataclasses
 import datetime
-import glob
-import hashlib
-import importlib.metadata
+import itertools
 import json
 import pathlib
-import re
-import tempfile
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental.pallas import tpu as pltpu
 
-from instruments.bench import anchors, report, shapes
-from instruments.bench.anchors import Case, with_gradient
+from instruments.bench import anchors, command_line, report, shapes
+from instruments.bench.cases import Case, inputs, ours, takes, with_gradient
 from instruments.bench.shapes import AttentionShape, DecodeShape
-from instruments.kernel_time.static_cost import static_time
-from instruments.tpu.step_cost import step_cost
-from kernels import chips
-from kernels import decode_attention as decode
-from kernels.flash_attention import flash_attention
+from instruments.bench.timing import attached_chip, static_row, wall_clock_row
+from instruments.sources import digest, version
+from instruments.tpu import chips
 from kernels.reference import attention, decode_attention
 from mistake import Mistake
 
 SHAPES = [name for name in (*shapes.ATTENTION, *shapes.DECODE) if not name.startswith('tiny')]
 KERNELS = ['ours', *anchors.ATTENTION, *anchors.DECODE]
 PASSES = ['forward', 'backward']
-NOT_FORWARD = '^(?!.*(fwd|forward))'  # a gradient's program runs the forward kernel too
+OURS = ('kernels/flash_attention.py', 'kernels/tiles.py', 'kernels/decode_attention.py', 'kernels/decode_walk.py')
+TUNED = 'kernels/tuned.py', 'kernels/tuned_tiles.json'
+TIMED_BY = ('kernels/reference.py', 'instruments/tpu', 'instruments/kernel_time',
+            'instruments/bench/caches.py', 'instruments/bench/cases.py', 'instruments/bench/shapes.py',
+            'instruments/bench/timing.py')
 MOST_ERROR = 0.01  # relative RMS; bfloat16 attention is at 0.002 to 0.004, a wrong mask or scale at 0.05 and more
 
 
-def ours(shape: AttentionShape | DecodeShape, backward: bool, interpret=False, tiles=None) -> Case:
-    """Our kernel at a shape, with its tuned tiles or others."""
-    scale = shape.D ** -0.5
-    if isinstance(shape, AttentionShape):
-        def forward(q, k, v, segments_BT=None):
-            return flash_attention(q, k, v, segments_BT, scale=scale, causal=shape.causal, tiles=tiles,
-                                   interpret=interpret)
-
-        integers = (shapes.segment_ids(shape),) if shape.segments else ()
-        return Case(with_gradient(forward, backward), integers=integers, only=NOT_FORWARD if backward else '')
-    lengths_B, options = shapes.lengths(shape), dict(kv_heads=shape.K, scale=scale, tiles=tiles, interpret=interpret)
-    if not shape.page:
-        return Case(lambda q, k, v, lengths_B: decode.decode_attention(q, k, v, lengths_B, **options),
-                    arrange=lambda q, k, v: (q, decode.make_cache(k), decode.make_cache(v)), integers=(lengths_B,))
-    table_BP = shapes.page_table(shape)
-    return Case(lambda q, pages, *integers: decode.paged_decode_attention(q, pages, *integers, **options),
-                arrange=lambda q, k, v: (q, decode.make_pages(k, v, table_BP, shape.page)),
-                integers=(table_BP, lengths_B))
-
-
 def make_case(kernel: str, shape, backward: bool, tiles) -> Case:
+    """Make a kernel's case at a shape."""
     if kernel == 'ours':
         return ours(shape, backward)
     if isinstance(shape, AttentionShape):
@@ -79,11 +58,10 @@ def make_case(kernel: str, shape, backward: bool, tiles) -> Case:
 
 
 def tilings(kernel: str, shape, backward: bool) -> list:
-    """The tiles to time; None: those that our kernel chooses itself.  Empty where the kernel does not apply."""
+    """List the tiles to time; None: those that our kernel chooses itself.  Empty where the kernel does not apply."""
     attends = isinstance(shape, AttentionShape)
     if kernel == 'ours':
-        # int8 caches have factors beside them, which no case here makes
-        return [None] if attends or not (backward or shape.cache_dtype == 'int8') else []
+        return [None] if takes(shape, backward) else []
     if kernel not in (anchors.ATTENTION if attends else anchors.DECODE) or (backward and not attends):
         return []
     return anchors.grid(kernel, shape) if anchors.installed(kernel) else []
@@ -92,7 +70,7 @@ def tilings(kernel: str, shape, backward: bool) -> list:
 # ---------------------------------------------------------------- the check
 
 def small(shape):
-    """A shape like the given one that the reference and interpret mode can bear: few rows and heads, not too long."""
+    """Make a shape small enough for the reference and interpret mode: few rows and heads, not too long."""
     K = min(shape.K, 2)
     heads = dict(B=2 if isinstance(shape, DecodeShape) else 1, H=shape.H // shape.K * K, K=K)
     if isinstance(shape, DecodeShape):
@@ -101,7 +79,7 @@ def small(shape):
 
 
 def expected(shape, arrays, integers):
-    """The reference's output, or its gradients, in float32."""
+    """Compute the reference's output, or its gradients, in float32."""
     if isinstance(shape, DecodeShape):
         return decode_attention(*arrays, integers[-1], scale=shape.D ** -0.5)
     # every key is at position 0 where nothing is hidden
@@ -111,6 +89,7 @@ def expected(shape, arrays, integers):
 
 
 def reference(shape, positions_BT, segments_BT):
+    """Make the function (q, k, v) -> o of kernels/reference.py at a shape."""
     def call(q_BTHD, k_BSKD, v_BSKD):
         B, S = k_BSKD.shape[:2]
         key_positions_BS = np.tile(np.arange(S, dtype=np.int32) * shape.causal, (B, 1))
@@ -123,7 +102,7 @@ def reference(shape, positions_BT, segments_BT):
 
 
 def check(case: Case, shape, backward: bool) -> float:
-    """The relative RMS error of a case against the reference; the larger of the gradients'.
+    """Compute the relative RMS error of a case against the reference; of gradients the largest.
 
     Raises:
       ValueError: it is above MOST_ERROR.
@@ -138,104 +117,19 @@ def check(case: Case, shape, backward: bool) -> float:
     return max(errors)
 
 
-def inputs(shape, backward: bool):
-    """q, k, v, and for the backward pass do."""
-    if isinstance(shape, DecodeShape):
-        return shapes.decode_inputs(shape)[:3]
-    q, k, v, _ = shapes.attention_inputs(shape)
-    return (q, k, v, shapes.attention_inputs(shape, seed=1)[0]) if backward else (q, k, v)
-
-
-def abstract_inputs(shape, backward: bool):
-    queries = (shape.B, shape.H, shape.D) if isinstance(shape, DecodeShape) else (shape.B, shape.T, shape.H, shape.D)
-    keys = (shape.B, shape.S if isinstance(shape, DecodeShape) else shape.T, shape.K, shape.D)
-    return [jax.ShapeDtypeStruct(x, shape.dtype) for x in (queries, keys, keys, queries)[:4 if backward else 3]]
-
-
-# ---------------------------------------------------------------- the time
-
-def static_row(case: Case, shape, backward: bool, target: str) -> dict:
-    """What the compiler's schedule says."""
-    arranged = jax.eval_shape(case.arrange, *abstract_inputs(shape, backward))
-    static = static_time(target, case.function, *arranged, *case.integers, only=case.only)
-    extra = case.extra_bytes / static.chip.hbm_bandwidth * 1e3
-    hot = static.hot
-    return dict(method='static', ms=static.ms + extra, extra_ms=extra, stall_ms=static.stall_ms, dma_ms=static.dma_ms,
-                hbm_bytes=static.hbm_bytes + case.extra_bytes, outside_ms=static.outside_ms, mxu=round(static.mxu, 3),
-                bundles=static.bundles, spills=static.spills, vmem_bytes=static.vmem_bytes, warnings=static.warnings,
-                hot=dict(share=round(hot.share, 3), bundles=hot.bundles, executions=hot.executions, bound=hot.bound,
-                         empty=round(hot.empty, 3), units=hot.units))
-
-
-def wall_clock_row(case: Case, shape, backward: bool, repeats: int = 50) -> dict:
-    """The device profiler's time of a case's kernels on the attached TPU: median and 90th percentile of the calls.
-
-    The calls follow each other on the device; whatever else the program does there (layout copies) is not counted.
-    """
-    arguments = jax.device_put((*jax.jit(case.arrange)(*inputs(shape, backward)), *case.integers))
-    compiled = jax.jit(case.function).lower(*arguments).compile()
-    names = [name for name in step_cost(compiled.as_text()).kernels if re.search(case.only, name)]
-    jax.block_until_ready(compiled(*arguments))  # the first call loads the program
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(repeats):
-                jax.block_until_ready(compiled(*arguments))
-        path, = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
-        times = kernel_times(jax.profiler.ProfileData.from_file(path), names)
-    if set(map(len, times.values())) != {repeats} or len(times) != len(names):
-        found = {name: len(found) for name, found in times.items()}
-        raise Mistake(f'the profile has {found} executions of {names=}, not {repeats} of each')
-    calls = np.sum(list(times.values()), axis=0) * 1e-6 + case.extra_bytes / attached_chip().hbm_bandwidth * 1e3
-    return dict(method='wall clock', ms=float(np.median(calls)), ms_p90=float(np.percentile(calls, 90)), calls=repeats)
-
-
-def kernel_times(profile, names, planes: str = '/device:TPU', lines: str = 'XLA Ops') -> dict[str, list[float]]:
-    """The nanoseconds of every execution of the named kernels, in order, from a profile of one device."""
-    times = collections.defaultdict(list)
-    for plane in profile.planes:
-        for line in plane.lines if plane.name.startswith(planes) else ():
-            for event in line.events if line.name == lines else ():
-                name = re.match(r'%?([\w.\-]+)', event.name)
-                if name and name[1] in names:
-                    times[name[1]].append(event.duration_ns)
-    return dict(times)
-
-
-def attached_chip() -> chips.Chip:
-    """The chip of this machine.
-
-    Raises:
-      ValueError: there is none.
-    """
-    device = jax.devices()[0]
-    if device.platform != 'tpu':
-        raise Mistake(f"{device.platform=}: no TPU is attached, and a kernel's time in interpret mode says nothing; "
-                         'pass --target=v5e,v6e for static figures')
-    return chips.find(device.device_kind)
-
-
 # ---------------------------------------------------------------- rows
 
-def sources(*more: str) -> str:
-    """What ours consists of: a kernel that was changed is timed again."""
-    folder = pathlib.Path(__file__).parent.parent.parent / 'kernels'
-    names = ('flash_attention.py', 'tiles.py', 'decode_attention.py', 'decode_walk.py', *more)
-    return hashlib.sha256(b''.join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
+def sources(kernel: str) -> str:
+    """Hash what a kernel's time follows from: its own source, and what makes, checks and times a case."""
+    return digest(*TIMED_BY, *((*OURS, *TUNED) if kernel == 'ours' else ('instruments/bench/anchors.py',)))
 
 
 def describe(name: str, shape, kernel: str, pass_: str, tiles, target: str) -> dict:
-    """What a row is about; with the versions and our source it is the row's key."""
+    """Say what a row is about; with the versions and the sources it is the row's key."""
     return dict(shape=name, **{'pass': pass_}, kernel=kernel, tiles=list(tiles) if tiles else 'tuned', target=target,
                 device=jax.devices()[0].device_kind if target == 'attached' else None,
                 dimensions=dataclasses.asdict(shape), jax=jax.__version__, libtpu=version('libtpu'),
-                source={'ours': sources('tuned.py', 'tuned_tiles.json'), 'tokamax': version('tokamax')}.get(kernel))
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+                tokamax=version('tokamax') if kernel == 'tokamax' else None, source=sources(kernel))
 
 
 def time_row(shape, kernel: str, backward: bool, tiles, target: str) -> dict:
@@ -269,27 +163,22 @@ def run(names, kernels, passes, targets, output: pathlib.Path) -> list[dict]:
     path = output / 'rows.jsonl'
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = []
-    for name in names:
-        shape = shapes.ATTENTION.get(name) or shapes.DECODE[name]
-        for pass_ in passes:
-            for kernel in kernels:
-                for tiles in tilings(kernel, shape, pass_ == 'backward'):
-                    for target in targets:
-                        about = describe(name, shape, kernel, pass_, tiles, target)
-                        row = next((row for row in known if about.items() <= row.items()), None)
-                        if row is None:
-                            row = about | time_row(shape, kernel, pass_ == 'backward', tiles, target)
-                            row['date'] = datetime.date.today().isoformat()
-                            with path.open('a') as file:
-                                file.write(json.dumps(row) + '\n')
-                            print(report.line(row), flush=True)
-                        rows.append(row)
+    for name, pass_, kernel in itertools.product(names, passes, kernels):
+        shape, backward = shapes.ATTENTION.get(name) or shapes.DECODE[name], pass_ == 'backward'
+        for tiles, target in itertools.product(tilings(kernel, shape, backward), targets):
+            about = describe(name, shape, kernel, pass_, tiles, target)
+            row = next((row for row in known if about.items() <= row.items()), None)
+            if row is None:
+                row = about | time_row(shape, kernel, backward, tiles, target)
+                row['date'] = datetime.date.today().isoformat()
+                with path.open('a') as file:
+                    file.write(json.dumps(row) + '\n')
+                print(report.line(row), flush=True)
+            rows.append(row)
     return rows
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+def main() -> None:
     flag = flags.FLAGS
     unknown = ((set(flag.shapes) - set(SHAPES)) | (set(flag.kernels) - set(KERNELS)) | (set(flag.passes) - set(PASSES)))
     if unknown:
@@ -307,8 +196,8 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_list('target', [], 'chips to compile for (static figures); empty: wall clock on the attached TPU')
-    flags.DEFINE_list('shapes', SHAPES, 'names of kernels/shapes.py')
+    flags.DEFINE_list('shapes', SHAPES, 'names of instruments/bench/shapes.py')
     flags.DEFINE_list('kernels', KERNELS, 'kernels to time')
     flags.DEFINE_list('passes', PASSES, 'forward, backward')
     flags.DEFINE_string('output', 'runs/benchmark', 'folder of rows.jsonl, table.md and roofline.png')
-    app.run(main)
+    command_line.run(main)

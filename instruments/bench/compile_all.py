@@ -1,4 +1,4 @@
-"""Compile our kernels at every shape of kernels/shapes.py, forward and backward, for every chip, with no TPU.
+"""Compile our kernels at every shape of instruments/bench/shapes.py, forward and backward, for every chip, with no TPU.
 
     python -m instruments.bench.compile_all --target=v4,v5e,v5p,v6e
 
@@ -7,19 +7,18 @@ Prints one line each (code and temporary bytes, or the compiler's error) and fai
 import itertools
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from instruments.bench import attention as benchmark
-from instruments.bench import shapes
+from instruments.bench import command_line, shapes
+from instruments.bench.cases import abstract_inputs, ours, takes
 from instruments.bench.shapes import AttentionShape, DecodeShape
 from instruments.tpu.compile import compile_for
-from mistake import Mistake
 
 
 def compile_shape(name: str, shape: AttentionShape | DecodeShape, backward: bool, target: str) -> str | None:
     """Compile our kernel at a shape; returns the compiler's error, or None."""
-    case = benchmark.ours(shape, backward)
-    arranged = jax.eval_shape(case.arrange, *benchmark.abstract_inputs(shape, backward))
+    case = ours(shape, backward)
+    arranged = jax.eval_shape(case.arrange, *abstract_inputs(shape, backward))
     try:
         compiled = compile_for(target, case.function, *arranged, *case.integers)
     except jax.errors.JaxRuntimeError as error:
@@ -32,15 +31,13 @@ def compile_shape(name: str, shape: AttentionShape | DecodeShape, backward: bool
     return None
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+def main() -> None:
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     refused = []
     wanted = [*shapes.ATTENTION.items(), *shapes.DECODE.items()]
     wanted = [(name, shape) for name, shape in wanted if not flags.FLAGS.shapes or name in flags.FLAGS.shapes]
     for target, (name, shape), backward in itertools.product(flags.FLAGS.target, wanted, (False, True)):
-        if not benchmark.tilings('ours', shape, backward):
+        if not takes(shape, backward):
             continue
         error = compile_shape(name, shape, backward, target)
         if error:
@@ -52,5 +49,5 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_list('target', ['v4', 'v5e', 'v5p', 'v6e'], 'chips to compile for')
-    flags.DEFINE_list('shapes', [], 'names of kernels/shapes.py; empty: all')
-    app.run(main)
+    flags.DEFINE_list('shapes', [], 'names of instruments/bench/shapes.py; empty: all')
+    command_line.run(main)

@@ -31,16 +31,18 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from data.batches import Batch
+from instruments.bench import command_line
 from mistake import Mistake
-from model import llama
 from model.config import MODELS, Compute, LlamaConfig, config_from_dict, config_to_dict
 from model.partition import make_mesh
+from model.weights import init_params
 from training import step
 from training.loop import put
 from training.optimizer import AdamW
+from training.state import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TORCH_LOOP = ROOT / 'instruments/bench/torch_loop.py'
@@ -52,14 +54,14 @@ HYPER = AdamW(init_lr=1e-4, lr=1e-4, end_lr=1e-4, lr_warmup_steps=0, clip_gradie
 # ---------------------------------------------------------------- what is trained
 
 def make_records(batches: int, batch_size: int, length: int, vocab_size: int, seed: int = 0) -> list:
-    """Random tokens [batch][row][n + 1], with n from SHORTEST (or from `length`, if that is less) to `length`."""
+    """Draw random tokens [batch][row][n + 1], with n from SHORTEST (or from `length`, if that is less) to `length`."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(min(SHORTEST, length), length + 1, (batches, batch_size))
     return [[rng.integers(0, vocab_size, n + 1).tolist() for n in row] for row in lengths]
 
 
 def make_batch(records: list[list[int]], length: int, loss: str) -> Batch:
-    """The records as data.batches.Rows has them, T = `length`: loss on the last token only ('answer'), or on 'all'."""
+    """Pack the records as data/rows.py does, T = `length`: loss on the last token only ('answer'), or on 'all'."""
     B = len(records)
     P = 1 if loss == 'answer' else length
     tokens_BT, segments_BT = np.zeros((B, length), np.int32), np.zeros((B, length), np.int32)
@@ -76,7 +78,7 @@ def make_batch(records: list[list[int]], length: int, loss: str) -> Batch:
 
 
 def make_work(config: LlamaConfig, batches: int, batch_size: int, length: int, loss: str, threads: int) -> dict:
-    """What a child is told first, JSON-able."""
+    """Write down what a child is told first, JSON-ready."""
     return dict(config=config_to_dict(config), records=make_records(batches, batch_size, length, config.vocab_size),
                 length=length, loss=loss, threads=threads, lr=HYPER.lr, betas=[HYPER.b1, HYPER.b2],
                 weight_decay=HYPER.weight_decay, clip_gradient=HYPER.clip_gradient)
@@ -85,16 +87,16 @@ def make_work(config: LlamaConfig, batches: int, batch_size: int, length: int, l
 # ---------------------------------------------------------------- our side, a process
 
 def child() -> None:
-    """Reads the work, answers {versions, parameters, tokens}; then {"steps": n} is answered by {seconds, loss}."""
+    """Read the work, answer {versions, parameters, tokens}; then answer each {"steps": n} by {seconds, loss}."""
     line = sys.stdin.readline()
     if not line:
         return  # the parent stopped before it began: another side could not start
     work = json.loads(line)
     config = config_from_dict(work['config'], source='--child')
     mesh = make_mesh('1,1,1', jax.devices()[:1])
-    params = llama.init_params(config, mesh, seed=0)
+    params = init_params(config, mesh, seed=0)
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    state = step.init_state(params, config, HYPER, 1, mesh)
+    state = init_state(params, config, HYPER, 1, mesh)
     train_step = step.make_train_step(config, Compute('fp32', 'reference'), HYPER, 1, mesh)
     batches = [make_batch(records, work['length'], work['loss']) for records in work['records']]
     answer(versions=dict(jax=jax.__version__), parameters=parameters,
@@ -115,7 +117,7 @@ def answer(**values) -> None:
 # ---------------------------------------------------------------- the parent
 
 class Child:
-    """A process that answers each JSON line with one; it ends when its stdin is closed, at the end of the `with`."""
+    """Hold a process that answers each JSON line with one; it ends with its stdin, at the end of the `with`."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str]):
         self.name = name
@@ -132,7 +134,7 @@ class Child:
         self._process.stdout.close()
 
     def ask(self, message: dict) -> dict:
-        """The answer.  Raises Mistake where the child ends instead, or answers {"error": ...}."""
+        """Send a message, return the answer.  Raises Mistake where the child ends, or answers {"error": ...}."""
         with contextlib.suppress(BrokenPipeError):  # it ended: the empty line below says so
             self._process.stdin.write(json.dumps(message) + '\n')
             self._process.stdin.flush()
@@ -147,7 +149,7 @@ class Child:
 
 
 def take_turns(children: list[Child], work: dict, turns: int) -> tuple[dict, list[dict]]:
-    """Every child runs over all batches once a turn: ({versions, parameters, tokens}, a row for each turn and child).
+    """Let every child run over all batches once a turn: ({versions, parameters, tokens}, a row a turn and child).
 
     Raises Mistake where the children's numbers of weights or tokens differ.
     """
@@ -170,7 +172,7 @@ def take_turns(children: list[Child], work: dict, turns: int) -> tuple[dict, lis
 
 
 def summarize(rows: list[dict], reference: str) -> dict[str, dict]:
-    """{name: median seconds_per_step and tokens_per_second, and of the turns' ratios to the reference's time}."""
+    """Take medians: {name: seconds_per_step, tokens_per_second, and the turns' ratio to the reference's time}."""
     names, result = dict.fromkeys(row['name'] for row in rows), {}
     theirs = {row['turn']: row['seconds_per_step'] for row in rows if row['name'] == reference}
     for name in names:
@@ -182,7 +184,7 @@ def summarize(rows: list[dict], reference: str) -> dict[str, dict]:
 
 
 def read_variants(xla_flags: str, variants: list[str]) -> dict[str, str]:
-    """{name of a side of ours: its XLA_FLAGS}.  Raises Mistake for a variant that is not NAME:XLA_FLAGS."""
+    """Read the sides of ours: {name: its XLA_FLAGS}.  Raises Mistake for a variant that is not NAME:XLA_FLAGS."""
     result = dict(ours=xla_flags)
     for variant in variants:
         name, separator, value = variant.partition(':')
@@ -192,10 +194,8 @@ def read_variants(xla_flags: str, variants: list[str]) -> dict[str, str]:
     return result
 
 
-def main(argv):
+def main() -> None:
     flag = flags.FLAGS
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
     if flag.child:
         return child()
     variants = read_variants(flag.xla_flags, flag.variant)
@@ -239,4 +239,4 @@ if __name__ == '__main__':
     flags.DEFINE_multi_string('variant', [], 'NAME:XLA_FLAGS, ours once more with other flags; may be repeated')
     flags.DEFINE_string('output', '', 'JSON file of the result; empty: none')
     flags.DEFINE_boolean('child', False, 'the program starts itself so: our side, told what to do on stdin')
-    app.run(main)
+    command_line.run(main)

@@ -1,12 +1,12 @@
-"""The benchmark's rows as a line, as a Markdown table and as a roofline."""
+"""Write the benchmark's rows as a line, as a Markdown table and as a roofline."""
 import pathlib
 
-from kernels import chips
+from instruments.tpu import chips
 from mistake import Mistake
 
 
 def line(row: dict) -> str:
-    """One row, for the console."""
+    """Write one row for the console."""
     head = f'{row["target"]:8s} {row["shape"]:12s} {row["pass"]:8s} {row["kernel"]:12s} {tiling(row):16s}'
     if 'error' in row:
         return f'{head} does not compile: {row["error"][:80]}'
@@ -20,12 +20,12 @@ def tiling(row: dict) -> str:
 
 
 def in_vmem(row: dict) -> bool:
-    """Whether the kernel moves less than what must cross HBM: XLA has laid operands into VMEM before."""
+    """Say whether the kernel moves less than what must cross HBM: XLA has laid operands into VMEM before."""
     return row['method'] == 'static' and row['hbm_bytes'] < 0.9 * row['least_bytes']
 
 
 def best_rows(rows: list[dict]) -> dict[tuple, dict]:
-    """The fastest tiling of each shape, pass, target and kernel, in the order of the rows."""
+    """Find the fastest tiling of each shape, pass, target and kernel, in the order of the rows."""
     best = {}
     for row in rows:
         key = row['shape'], row['pass'], row['target'], row['kernel']
@@ -35,7 +35,7 @@ def best_rows(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: for each shape, pass and chip the best row of every kernel, and ours against the best of the others."""
+    """Write Markdown: for each shape, pass and chip every kernel's best row, and ours against the best other."""
     best = best_rows(rows)
     columns = ('shape', 'pass', 'chip', 'kernel', 'tiles', 'ms', 'TFLOP/s', '% of peak', '% of HBM', 'MXU', 'bound',
                'code', 'spills', 'VMEM MiB', 'ours / best other')
@@ -57,7 +57,8 @@ def table(rows: list[dict]) -> str:
     versions = sorted({f'{row["method"]}, jax {row["jax"]}, libtpu {row["libtpu"]}' for row in best.values()})
     static = any(row['method'] == 'static' for row in best.values())
     notes = [f'Method: {"; ".join(versions)}.']
-    notes += ["Static: the time of the compiler's schedule, not a measurement (tpu/static_cost.py)."] if static else []
+    if static:
+        notes.append("Static: the time of the compiler's schedule, not a measurement (kernel_time/static_cost.py).")
     if any(map(in_vmem, best.values())):
         notes.append('\\*: XLA keeps operands of this small case in VMEM; bringing them there is not in the time.')
     notes += [f'Refused by the compiler: {"; ".join(failed)}.'] if failed else []
@@ -65,7 +66,7 @@ def table(rows: list[dict]) -> str:
 
 
 def roofline(rows: list[dict], path: pathlib.Path) -> None:
-    """TFLOP/s over useful FLOPs per least byte, one panel a chip, under the chip's two roofs."""
+    """Draw TFLOP/s over useful FLOPs per least byte, one panel a chip, under the chip's two roofs."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot

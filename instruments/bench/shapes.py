@@ -1,4 +1,4 @@
-"""One table of named shapes for the tests, the tuner and the benchmark of the attention kernels.
+"""Name the shapes for the tests, the tuner and the benchmark of the attention kernels.
 
 The benchmark's shapes (causal, bfloat16):
 
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """Self attention over [B, T] tokens: H query heads share K key/value heads of dimension D."""
+    """Describe self attention over [B, T] tokens: H query heads share K key/value heads of dimension D."""
     B: int
     T: int
     H: int
@@ -40,7 +40,7 @@ class AttentionShape:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
-    """One query a sequence against a cache of S allocated positions; each sequence has filled its own length."""
+    """Describe one query a sequence against a cache of S positions; each sequence has filled its own length."""
     B: int
     S: int
     H: int
@@ -139,7 +139,7 @@ DECODE = {
 
 
 def attention_inputs(shape: AttentionShape, seed: int = 0):
-    """(q_BTHD, k_BTKD, v_BTKD, segments_BT): normal numbers; segments int32, or None where a row is one example."""
+    """Draw (q_BTHD, k_BTKD, v_BTKD, segments_BT): normal numbers; int32, or None where a row is one example."""
     random = np.random.default_rng(seed)
     q_BTHD, k_BTKD, v_BTKD = (normal(random, (shape.B, shape.T, heads, shape.D), shape.dtype)
                               for heads in (shape.H, shape.K, shape.K))
@@ -147,7 +147,7 @@ def attention_inputs(shape: AttentionShape, seed: int = 0):
 
 
 def segment_ids(shape: AttentionShape, seed: int = 0) -> np.ndarray:
-    """[B, T] int32: a row's `segments` examples are numbered from 1 and lie end to end; 0 fills what is left of it.
+    """Draw [B, T] int32: a row's `segments` examples, numbered from 1, lie end to end; 0 fills what is left.
 
     The lengths are what uniformly drawn, different cuts of the row leave; the last part is the padding.
     """
@@ -161,7 +161,7 @@ def segment_ids(shape: AttentionShape, seed: int = 0) -> np.ndarray:
 
 
 def decode_inputs(shape: DecodeShape, seed: int = 0):
-    """(q_BHD, k_BSKD, v_BSKD, lengths_B): normal numbers, keys and values in `dtype`: an int8 cache is made from them.
+    """Draw (q_BHD, k_BSKD, v_BSKD, lengths_B): normal numbers in `dtype`; an int8 cache is made from them.
 
     Positions at or past a sequence's length hold numbers too, which no kernel may use.
     """
@@ -172,7 +172,7 @@ def decode_inputs(shape: DecodeShape, seed: int = 0):
 
 
 def lengths(shape: DecodeShape, seed: int = 0) -> np.ndarray:
-    """[B] int32: how many positions of each sequence are filled."""
+    """Draw [B] int32: how many positions of each sequence are filled."""
     random = np.random.default_rng((seed, 2))
     if shape.lengths == 'full':
         lengths_B = np.full(shape.B, shape.S)
@@ -186,7 +186,7 @@ def lengths(shape: DecodeShape, seed: int = 0) -> np.ndarray:
 
 
 def page_table(shape: DecodeShape, seed: int = 0, spare: int = 1) -> np.ndarray:
-    """[B, S / page] int32: where page n of a sequence lies in a pool of B * S / page + `spare` pages, shuffled."""
+    """Draw [B, S / page] int32: where page n of a sequence lies in a shuffled pool of B * S / page + `spare` pages."""
     if not shape.page:
         raise ValueError(f'{shape.page=}: this shape has contiguous slots; take one with pages')
     pages = shape.S // shape.page
@@ -199,7 +199,7 @@ def normal(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> n
 
 
 def attention_flops(shape: AttentionShape, backward: bool = False) -> float:
-    """Useful FLOPs: 2 D for each of q kᵀ and p v, for every (query, key) pair on or below the diagonal (or every pair).
+    """Count useful FLOPs: 2 D for each of q kᵀ and p v, for every (query, key) pair up to the diagonal (or every pair).
 
     Segments are not taken off.  The backward pass counts 2.5 times the forward: five products instead of two.
     """
@@ -208,8 +208,11 @@ def attention_flops(shape: AttentionShape, backward: bool = False) -> float:
 
 
 def attention_bytes(shape: AttentionShape, backward: bool = False) -> int:
-    """The least HBM traffic: forward reads q, k, v and writes o; backward reads those and do and the rows' statistics
-    (one float32), and writes dq, dk, dv."""
+    """Count the bytes of the least HBM traffic.
+
+    Forward reads q, k, v and writes o; backward reads those and do and the rows' statistics (one float32), and writes
+    dq, dk, dv.
+    """
     item = jnp.dtype(shape.dtype).itemsize
     q, k = (shape.B * shape.T * heads * shape.D * item for heads in (shape.H, shape.K))
     return 4 * q + 4 * k + 4 * shape.B * shape.T * shape.H if backward else 2 * q + 2 * k
@@ -220,7 +223,7 @@ def decode_flops(shape: DecodeShape, seed: int = 0) -> float:
 
 
 def decode_bytes(shape: DecodeShape, seed: int = 0) -> int:
-    """The least HBM traffic: q, o, and the filled keys and values once (int8: a float32 scale a head and position)."""
+    """Count the least bytes of HBM: q, o, filled keys and values once (int8: a float32 scale a head and position)."""
     positions = int(lengths(shape, seed).sum())
     row = shape.D * jnp.dtype(shape.cache_dtype).itemsize + (4 if shape.cache_dtype == 'int8' else 0)
     return 2 * positions * shape.K * row + 2 * shape.B * shape.H * shape.D * jnp.dtype(shape.dtype).itemsize

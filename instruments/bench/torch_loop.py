@@ -1,4 +1,4 @@
-"""The other side of training/benchmark.py: a plain training loop of transformers and torch, in a process of its own.
+"""Be the other side of cpu_training.py: a plain training loop of transformers and torch, in a process of its own.
 
 transformers' LlamaForCausalLM with random weights in float32, its default attention, its own loss; torch's fused AdamW
 (the default of transformers' Trainer) and clip_grad_norm_.  It imports nothing of this project: training/benchmark.py
@@ -10,7 +10,7 @@ import time
 
 
 def padded(records: list[list[int]], length: int, loss: str) -> tuple[list, list, list]:
-    """(input_ids, attention_mask, labels), each [B][length]; a label is the next token, or -100 where no loss is."""
+    """Pad to (input_ids, attention_mask, labels), each [B][length]; a label is the next token, or -100 without loss."""
     rows = []
     for tokens in records:
         rest = length - (len(tokens) - 1)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def model_config(transformers, config: dict):
-    """transformers' LlamaConfig of the sizes in model.config.LlamaConfig."""
+    """Make transformers' LlamaConfig of the sizes in model.config.LlamaConfig."""
     same = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
             'num_key_value_heads', 'head_dim', 'rms_norm_eps', 'tie_word_embeddings', 'initializer_range',
             'bos_token_id', 'eos_token_id')

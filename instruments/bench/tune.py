@@ -2,10 +2,10 @@
 
     python -m instruments.bench.tune --target=v5e,v6e --shapes=s1,s2,s3,s4 --kernels=flash_forward,flash_backward
 
-Every combination of the grid below that the kernel accepts is compiled and timed (tpu/static_cost.py: the compiler's
-schedule, not a measurement).  Gaps under 5 % are no gaps: of the tiles that close to the fastest, those with the least
-code win.  A trial is kept in --output/trials.jsonl and not repeated while the kernel's source and the versions stay the
-same.  Rows for other chips and shapes in the table stay.
+Every combination of the grid below that the kernel accepts is compiled and timed (kernel_time/static_cost.py: the
+compiler's schedule, not a measurement).  Gaps under 5 % are no gaps: of the tiles that close to the fastest, those with
+the least code win.  A trial is kept in --output/trials.jsonl and not repeated while the sources (the kernel's and the
+instruments') and the versions stay the same.  Rows for other chips and shapes in the table stay.
 """
 import dataclasses
 import datetime
@@ -14,12 +14,15 @@ import json
 import pathlib
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from instruments.bench import attention as benchmark
-from instruments.bench import shapes
+from instruments.bench import command_line, shapes
+from instruments.bench.attention import OURS, TIMED_BY
+from instruments.bench.cases import ours
+from instruments.bench.timing import static_row
+from instruments.sources import digest, version
 from kernels import tuned
-from kernels.tiles import Tiles
+from kernels.tiles import FlashTiles, Tiles
 from mistake import Mistake
 
 TIE = 1.05
@@ -33,7 +36,7 @@ GRIDS = {
 
 
 def grid(kernel: str, shape) -> list:
-    """The tiles to try, without those that are no tiles.  A row of one block has no turns: one value is tried."""
+    """List the tiles to try, without those that are no tiles.  A row of one block has no turns: one value is tried."""
     make, fields = GRIDS[kernel]
     found = []
     for values in itertools.product(*fields.values()):
@@ -48,18 +51,18 @@ def grid(kernel: str, shape) -> list:
 
 
 def trial(kernel: str, shape, target: str, tiles) -> dict:
-    """The static time of a kernel with these tiles, or why it cannot be had."""
+    """Compute the static time of a kernel with these tiles, or say why it cannot be had."""
     backward = kernel == 'flash_backward'
     try:
-        case = benchmark.ours(shape, backward, tiles=(tiles, tiles))
-        row = benchmark.static_row(case, shape, backward, target)
+        case = ours(shape, backward, tiles=FlashTiles(tiles, tiles))
+        row = static_row(case, shape, backward, target)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return dict(error=str(error)[:200])
     return {name: row[name] for name in ('ms', 'bundles', 'spills', 'vmem_bytes')}
 
 
 def search(kernel: str, name: str, target: str, path: pathlib.Path) -> dict:
-    """The best tiles of a kernel for a shape, as a row of the table.
+    """Find the best tiles of a kernel for a shape, as a row of the table.
 
     Raises:
       ValueError: nothing of the grid compiles.
@@ -69,7 +72,7 @@ def search(kernel: str, name: str, target: str, path: pathlib.Path) -> dict:
     trials = []
     for tiles in grid(kernel, shape):
         about = dict(kernel=kernel, shape=name, target=target, tiles=dataclasses.asdict(tiles), jax=jax.__version__,
-                     libtpu=benchmark.version('libtpu'), source=benchmark.sources())
+                     libtpu=version('libtpu'), source=digest(*TIMED_BY, *OURS))
         row = next((row for row in known if about.items() <= row.items()), None)
         if row is None:
             row = about | trial(kernel, shape, target, tiles)
@@ -84,7 +87,7 @@ def search(kernel: str, name: str, target: str, path: pathlib.Path) -> dict:
 
 
 def choose(trials: list[dict]) -> dict:
-    """The least code among those within TIE of the fastest.
+    """Take the least code among the trials within TIE of the fastest.
 
     Raises:
       ValueError: there are none.
@@ -100,16 +103,14 @@ def merge(rows: list[dict], path: pathlib.Path) -> None:
     about = lambda row: tuple(row[name] for name in ('kernel', 'chip', 'T', 'D', 'group', 'causal', 'segments'))
     old = json.loads(path.read_text())['rows'] if path.exists() else []
     merged = {about(row): row for row in old + rows}
-    stamp = dict(date=datetime.date.today().isoformat(), jax=jax.__version__, libtpu=benchmark.version('libtpu'))
+    stamp = dict(date=datetime.date.today().isoformat(), jax=jax.__version__, libtpu=version('libtpu'))
     stamped = {about(row) for row in rows}
     lines = [json.dumps(row | stamp if about(row) in stamped else row) for row in
              (merged[key] for key in sorted(merged))]
-    path.write_text('{"method": "static time, tpu/static_cost.py", "rows": [\n' + ',\n'.join(lines) + '\n]}\n')
+    path.write_text('{"method": "static time, kernel_time/static_cost.py", "rows": [\n' + ',\n'.join(lines) + '\n]}\n')
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+def main() -> None:
     jax.config.update('jax_platforms', 'cpu')  # only compiled for
     flag = flags.FLAGS
     unknown = (set(flag.kernels) - set(GRIDS)) | (set(flag.shapes) - set(shapes.ATTENTION))
@@ -123,7 +124,7 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_list('target', ['v5e', 'v6e'], 'chips to tune for')
-    flags.DEFINE_list('shapes', ['s1', 's2', 's3', 's4'], 'names of kernels/shapes.py')
+    flags.DEFINE_list('shapes', ['s1', 's2', 's3', 's4'], 'names of instruments/bench/shapes.py')
     flags.DEFINE_list('kernels', list(GRIDS), 'kernels to tune')
     flags.DEFINE_string('output', 'runs/tune', 'folder of the trials')
-    app.run(main)
+    command_line.run(main)

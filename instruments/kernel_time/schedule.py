@@ -1,4 +1,4 @@
-"""A kernel's schedule as libtpu prints it, and the execution of its scalar program.
+"""Read a kernel's schedule as libtpu prints it, and execute its scalar program.
 
 A TensorCore executes one bundle of operations a cycle, in the order in which the compiler packed them: there is no
 hardware that reorders or stalls, except when a bundle waits for a DMA.  `*-packed-bundles-post-ra.txt` is that order,
@@ -9,7 +9,7 @@ one line a cycle with empty bundles where an operation's result is not ready yet
 (`*-final_bundles.txt` has the empty bundles squeezed out, so its line count is not a cycle count.)  Which bundles run,
 how often, and which DMAs they start depends on scalar operations alone: loop counters, index maps, predicates, tables
 in SMEM.  `Program` executes exactly these; vector and matrix operations only occupy their cycles.  What a DMA costs is
-the business of the transfers object that it is given (tpu/static_cost.py).
+the business of the transfers object that it is given (static_cost.py).
 
 A register is the end of a name: %s8238_s8 is scalar register 8, %p278_p2 predicate 2.  Within a bundle every operation
 reads what the registers held before it.  A branch takes effect after the chip's delay slots.
@@ -46,7 +46,7 @@ class Bundle:
 
 
 def parse(text: str) -> list[Bundle]:
-    """The bundles of a schedule, in order.
+    """Read the bundles of a schedule, in order.
 
     Raises:
       ValueError: the lines' numbers have a gap: this libtpu prints another format.
@@ -64,7 +64,7 @@ def parse(text: str) -> list[Bundle]:
 
 
 def without_comments(text: str) -> str:
-    """Comments nest."""
+    """Remove comments; they nest."""
     kept, depth, start = [], 0, 0
     for match in re.finditer(r'/\*|\*/', text):
         if match[0] == '/*':
@@ -84,7 +84,7 @@ def parse_operation(text: str) -> Operation:
 
 
 def wrap(x: int) -> int:
-    """The signed number of the lowest 32 bits."""
+    """Return the signed number of the lowest 32 bits."""
     return ((x + 0x80000000) & MASK) - 0x80000000
 
 
@@ -106,7 +106,7 @@ COMPARE = {'eq': operator.eq, 'ne': operator.ne, 'lt': operator.lt, 'le': operat
 
 @dataclasses.dataclass
 class Block:
-    """Bundles that are always executed one after the other, as closures over the machine's state."""
+    """Hold bundles that are always executed one after the other, as closures over the machine's state."""
     start: int
     length: int
     actions: list  # (bundle's offset, action(state, time) -> cycles that it stalls)
@@ -116,7 +116,7 @@ class Block:
 
 
 @dataclasses.dataclass
-class State:
+class Machine:
     transfers: object
     registers: list = dataclasses.field(default_factory=lambda: [0] * (2 * PREDICATES))
     memory: dict = dataclasses.field(default_factory=dict)  # SMEM, by word
@@ -130,12 +130,12 @@ class Execution:
 
 
 class Program:
-    """The scalar program of a schedule.
+    """Hold the scalar program of a schedule.
 
     Args:
       bundles: `parse`'s.
       branch_delay: bundles after a branch that are still executed.
-      tables: the values of the kernel's first operands, those that it reads as scalars (tpu/tables.py).  An operand
+      tables: the values of the kernel's first operands, those that it reads as scalars (tables.py).  An operand
         that is read as scalars and not given holds zeros, and `warnings` says so.
     """
 
@@ -153,7 +153,7 @@ class Program:
         Raises:
           ValueError: it did not end within `most_cycles`, or waits for a DMA that nothing starts.
         """
-        state, time, place, times = State(transfers), 0.0, 0, collections.Counter()
+        state, time, place, times = Machine(transfers), 0.0, 0, collections.Counter()
         transfers.fill = lambda source, destination: self.fill(state, source, destination)
         while place < len(self.bundles):
             block = self.blocks.get(place) or self.blocks.setdefault(place, self.block(place, state))
@@ -197,19 +197,19 @@ class Program:
         return lambda state: constant
 
     def address(self, text: str):
-        """[smem:[#allocation6 + $0x1]]: the sum of its parts."""
+        """Read an address, [smem:[#allocation6 + $0x1]]: the sum of its parts."""
         text = re.sub(r'^\[?smem:', '', text.strip()).strip('[] ')
         parts = [self.value(part) for part in text.split('+')]
         return parts[0] if len(parts) == 1 else lambda state: sum(part(state) for part in parts)
 
     def predicate(self, operands: str):
-        """A leading (%p3) or (!%p3): the closure that tells whether the operation happens, and the other operands."""
+        """Read a leading (%p3) or (!%p3): a closure that tells whether the operation happens, and other operands."""
         operands = re.sub(r'^\[thread:\$\d+\]\s*', '', operands)
         match = PREDICATE.match(operands)
         return (self.value(match[1]), match[2]) if match else (None, operands)
 
-    def expression(self, operation: Operation, state: State):
-        """The closure of what a scalar operation gives, or None where it is not known."""
+    def expression(self, operation: Operation, state: Machine):
+        """Make the closure of what a scalar operation gives; None where it is not known."""
         opcode, old = operation.opcode, self.value(operation.result.split(',')[0])
         happens, rest = self.predicate(operation.operands)
         name, *kind = opcode.split('.')
@@ -253,8 +253,8 @@ class Program:
 
     # ---- operands
 
-    def operand(self, opcode: str, description: str, state: State):
-        """inlined_call_operand.hbm [shape: s32[8,16], index: 0, kind: input, …]: where it lies, or a scalar's value."""
+    def operand(self, opcode: str, description: str, state: Machine):
+        """Find where inlined_call_operand.hbm [shape: s32[8,16], index: 0, kind: input, …] is, or a scalar's value."""
         index, kind = re.search(r'index: (\d+), kind: (\w+)', description).groups()
         shape = re.search(r'shape: (\w+)\[([\d,]*)\]', description)
         space = opcode.split('.', 1)[1]
@@ -271,7 +271,7 @@ class Program:
         return lambda state: base
 
     def table(self, index: int, shape) -> np.ndarray | None:
-        """The values of an operand, if they are given and as many as its shape says."""
+        """Look up the values of an operand, if they are given and as many as its shape says."""
         if index >= len(self.tables) or self.tables[index] is None:
             return None
         dimensions = [int(number) for number in shape[2].split(',') if number]
@@ -281,8 +281,8 @@ class Program:
                              f'{self.tables[index].shape}')
         return self.tables[index].reshape(dimensions)
 
-    def fill(self, state: State, source: int, destination: int) -> None:
-        """What a DMA from HBM to SMEM brings."""
+    def fill(self, state: Machine, source: int, destination: int) -> None:
+        """Write what a DMA from HBM to SMEM brings."""
         for name, (base, table) in self.operands.items():
             if base in (source, source >> 4):
                 if table is None:
@@ -292,13 +292,13 @@ class Program:
                 return
         self.warnings['a DMA to SMEM from an unknown place: zeros'] += 1
 
-    def write(self, state: State, table: np.ndarray, place: int) -> None:
+    def write(self, state: Machine, table: np.ndarray, place: int) -> None:
         state.memory.update(enumerate(smem_words(table).tolist(), place))
 
     # ---- blocks
 
-    def block(self, start: int, state: State) -> Block:
-        """From `start` to the next branch's last delay slot, or to the next branch's target."""
+    def block(self, start: int, state: Machine) -> Block:
+        """Make the block from `start` to the next branch's last delay slot, or to the next branch's target."""
         actions, branch, target, end, place = [], None, 0, None, start
         while place < len(self.bundles):
             assignments, effects, last = [], [], []
@@ -323,8 +323,8 @@ class Program:
                 break
         return Block(start, place - start, actions, branch, target, place)
 
-    def assignment(self, operation: Operation, state: State) -> list:
-        """[(register, closure)] of an operation that writes a scalar or predicate register."""
+    def assignment(self, operation: Operation, state: Machine) -> list:
+        """List [(register, closure)] of an operation that writes a scalar or predicate register."""
         register = operation.result and REGISTER.match(operation.result.split(',')[0])
         if not register:
             return []
@@ -340,7 +340,7 @@ class Program:
         return [] if expression is None else [(place, expression)]
 
     def transfer(self, operation: Operation, place: int):
-        """dma.hbm_to_vmem source, granules, destination, flag, …   or   dma.done.wait flag, granules."""
+        """Read dma.hbm_to_vmem source, granules, destination, flag, …   or   dma.done.wait flag, granules."""
         happens, rest = self.predicate(operation.operands)
         values = [self.value(part) for part in split(rest)]
         if operation.opcode == 'dma.done.wait':
@@ -352,7 +352,7 @@ class Program:
         return lambda state, time: effect(state, time) if happens is None or happens(state) else 0.0
 
     def flag(self, operation: Operation):
-        """vsyncpa sets a semaphore, vsyncadd adds to it."""
+        """Read vsyncpa, which sets a semaphore, or vsyncadd, which adds to it."""
         happens, rest = self.predicate(operation.operands)
         flag, amount = map(self.value, split(rest)[:2])
         adds = operation.opcode.startswith('vsyncadd')
@@ -375,7 +375,7 @@ class Program:
 
 
 def split(operands: str) -> list[str]:
-    """Parts between commas that stand in no bracket."""
+    """Split at the commas that stand in no bracket."""
     return [part.strip() for part in re.split(r',(?![^\[(]*[\])])', operands) if part.strip()]
 
 
@@ -391,7 +391,7 @@ def take(branch):
 
 
 def bundle_action(assignments, effects, last):
-    """Everything reads the registers as they were; semaphores change when the bundle's waits are over."""
+    """Join a bundle's actions: all read the registers as they were; semaphores change when its waits are over."""
     def action(state, time):
         values = [value(state) for _, value in assignments]
         stall = 0.0
@@ -406,7 +406,7 @@ def bundle_action(assignments, effects, last):
 
 
 def smem_words(table: np.ndarray) -> np.ndarray:
-    """int32 words of an integer array as it lies in SMEM.
+    """Write an integer array as the int32 words that lie in SMEM.
 
     32 bits: a vector as it is, else rows padded to 128 columns.  Narrower types, k to a word: a vector in groups of 128
     k (the words' first parts, then their second …); else tiles of (8, 128) whose words hold k rows.

@@ -1,10 +1,10 @@
-"""The static time of Pallas kernels: what the compiler's schedule says, with no TPU.
+"""Compute the static time of Pallas kernels: what the compiler's schedule says, with no TPU.
 
     static = static_time('v5e', attention, q, k, v)        # abstract or concrete arguments
     static.ms, static.stall_ms, static.hbm_bytes, static.kernels[0].hot.units
 
-libtpu compiles the function and writes each kernel's schedule; tpu/schedule.py executes the scalar program, with the
-tables that tpu/tables.py finds; this file adds what a DMA costs and counts what occupies the units.  The model of DMA
+libtpu compiles the function and writes each kernel's schedule; schedule.py executes the scalar program, with the
+tables that tables.py finds; this file adds what a DMA costs and counts what occupies the units.  The model of DMA
 has one queue: transfers between HBM and the core follow each other at the HBM's bandwidth, and each arrives LATENCY
 after its last byte is sent; transfers within the core do not queue.  A kernel's time is that of its bundles plus the
 cycles that they wait for DMAs.  The latency is the one figure that is assumed.
@@ -27,9 +27,9 @@ import numpy as np
 
 from instruments.kernel_time import schedule
 from instruments.kernel_time.tables import scalar_tables
+from instruments.tpu import chips
 from instruments.tpu.compile import Compiled, compile_for, mesh, prepare
 from instruments.tpu.step_cost import StepCost, step_cost
-from kernels import chips
 
 LATENCY = 600e-9  # seconds from the last byte of a DMA to its semaphore; assumed
 SLOTS = ('MXU', 'XLU', 'VALU', 'VPOP', 'EUP', 'VLOAD', 'FILL', 'VSTORE', 'SPILL', 'SALU')  # of the utilization file
@@ -37,7 +37,7 @@ NO_INTERVAL = 99
 
 
 class Transfers:
-    """DMAs and their semaphores, which hold (time, amount) pairs.  Times are in cycles."""
+    """Hold DMAs and their semaphores, which keep (time, amount) pairs.  Times are in cycles."""
 
     def __init__(self, chip: chips.Chip, latency: float = LATENCY):
         self.granule, self.bytes_per_cycle = chip.dma_granule, chip.hbm_bandwidth / chip.clock / chip.cores
@@ -62,7 +62,7 @@ class Transfers:
         return 0.0
 
     def wait(self, time, flag, granules, place) -> float:
-        """The cycles until the semaphore holds so many granules."""
+        """Count the cycles until the semaphore holds so many granules."""
         events = sorted(self.flags[flag])
         held, when = sum(amount for _, amount in events if amount < 0), None  # what earlier waits took
         if held >= granules:
@@ -92,7 +92,7 @@ class Transfers:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A stretch of bundles without a branch: its share of all executed cycles, and how busy it keeps each unit."""
+    """Describe a stretch of bundles without a branch: its share of all cycles, and how busy it keeps each unit."""
     share: float
     executions: int
     bundles: int
@@ -124,7 +124,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class StaticTime:
-    """`ms` and the sums below are those of the Pallas kernels; `outside_ms` is XLA's estimate of all else."""
+    """Hold `ms` and the sums below of the Pallas kernels; `outside_ms` is XLA's estimate of all else."""
     chip: chips.Chip
     kernels: tuple[Kernel, ...]
     compiled: Compiled
@@ -205,7 +205,7 @@ def static_time(name: str, function, *arguments, over=None, only: str = '', late
 
 
 def tables_of(kernel: str, calls: list[tuple[str, list]]) -> list:
-    """The scalar operands of a kernel: those of the next Pallas call whose name its HLO name begins with."""
+    """Find the scalar operands of a kernel: those of the next Pallas call whose name its HLO name begins with."""
     longest = max((len(name) for name, _ in calls if kernel.startswith(name)), default=0)
     matching = [call for call in calls if kernel.startswith(call[0]) and len(call[0]) == longest] or calls
     if len(matching) > 1:
@@ -233,7 +233,7 @@ def time_schedule(folder: pathlib.Path, name: str, executions: int, chip: chips.
 
 
 def written(folder: pathlib.Path, name: str, kind: str) -> str:
-    """The text of a kernel's file: TIME-NAME-PASS-KIND.txt."""
+    """Read the text of a kernel's file: TIME-NAME-PASS-KIND.txt."""
     for path in folder.iterdir():
         if re.fullmatch(rf'\d+-{re.escape(name)}-\d+-{kind}\.txt', path.name):
             return path.read_text()
@@ -242,14 +242,14 @@ def written(folder: pathlib.Path, name: str, kind: str) -> str:
 
 
 def parse_slots(text: str) -> tuple[list[int], list[list[int]]]:
-    """How many operations of each of SLOTS a bundle can hold, and how many each bundle holds."""
+    """Read how many operations of each of SLOTS a bundle can hold, and how many each bundle holds."""
     rows = [[int(number) for number in line.split()] for line in text.splitlines()
             if line.strip() and not line.startswith(('==', 'MXU'))]
     return rows[0], rows[1:]
 
 
 def scoped_vmem(text: str) -> int:
-    """Bytes of VMEM up to the end of the last allocation: windows, scratch and spills."""
+    """Count the bytes of VMEM up to the end of the last allocation: windows, scratch and spills."""
     ends = [int(size, 0) + int(offset, 0) for size, offset in
             re.findall(r'space=vmem, size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)', text)]
     return max(ends, default=0)
@@ -258,7 +258,7 @@ def scoped_vmem(text: str) -> int:
 # ---------------------------------------------------------------- what occupies the units
 
 def sections_of(bundles, branch_delay: int) -> list[tuple[int, int]]:
-    """[start, end) of the stretches between branches and branch targets."""
+    """List [start, end) of the stretches between branches and branch targets."""
     starts = {0}
     for place, bundle in enumerate(bundles):
         for operation in bundle.operations:
@@ -270,7 +270,7 @@ def sections_of(bundles, branch_delay: int) -> list[tuple[int, int]]:
 
 
 def hottest(bundles, counts, sections, capacity, used) -> Section:
-    """The section in which the kernel spends most cycles."""
+    """Find the section in which the kernel spends most cycles."""
     start, end = max(sections, key=lambda section: sum(counts[slice(*section)]))
     cycles = max(1, sum(counts[start:end]))
     issued = [sum(row[slot] * count for row, count in zip(used[start:end], counts[start:end], strict=False))
@@ -284,7 +284,7 @@ def hottest(bundles, counts, sections, capacity, used) -> Section:
 
 
 def matrix_units(bundles, counts, sections) -> dict[str, float]:
-    """Busy share of the fullest MXU (multiplying; taking weights) and of the fullest XLU (transposes, reductions).
+    """Compute the busy share of the fullest MXU (products, weights) and of the fullest XLU (transposes, reductions).
 
     An operation occupies its unit for as long as the compiler keeps away the next one of its kind: the least distance
     seen between two of them.
@@ -320,6 +320,6 @@ def kind_of(opcode: str) -> str | None:
 
 
 def without_registers(opcode: str) -> str:
-    """vmatmul.bf16.gmra.mxu0 -> vmatmul.bf16: what decides how long it takes."""
+    """Shorten vmatmul.bf16.gmra.mxu0 to vmatmul.bf16: what decides how long it takes."""
     names = ('msra', 'msrb', 'gmra', 'gmrb', 'vlgmr', 'vlgmrb', 'msk')
     return '.'.join(part for part in opcode.split('.')[:-1] if part not in names)

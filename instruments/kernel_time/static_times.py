@@ -1,4 +1,4 @@
-"""Static times of the training kernels at one device's shapes, from a process of their own.
+"""Compute static times of the training kernels at one device's shapes, from a process of their own.
 
     flash_times('v5e', B=2, T=1024, H=16, K=16, D=100, dtype='bfloat16')   # {'forward': 0.00013, 'backward': 0.00031}
 
@@ -17,7 +17,7 @@ import sys
 
 @functools.cache
 def flash_times(chip: str, B: int, T: int, H: int, K: int, D: int, dtype: str, segments: int = 0) -> dict[str, float]:
-    """Seconds of one execution of flash_forward and of flash_backward, causal, with the tuned tiles.
+    """Compute the seconds of one execution of flash_forward and of flash_backward, causal, with the tuned tiles.
 
     Args:
       chip: 'v5e', or a slice's name.
@@ -37,14 +37,14 @@ def flash_times(chip: str, B: int, T: int, H: int, K: int, D: int, dtype: str, s
 
 
 def compile_and_time(chip: str, segments: int, **sizes) -> dict[str, float]:
-    """The same in this process, which must not have loaded libtpu yet."""
-    from instruments.bench import attention as benchmark
+    """Compute the same in this process, which must not have loaded libtpu yet."""
+    from instruments.bench.cases import abstract_inputs, ours
     from instruments.bench.shapes import AttentionShape
     from instruments.kernel_time.static_cost import static_time
 
     shape = AttentionShape(segments=segments, **sizes)
-    case = benchmark.ours(shape, backward=True)
-    static = static_time(chip, case.function, *benchmark.abstract_inputs(shape, backward=True), *case.integers)
+    case = ours(shape, backward=True)
+    static = static_time(chip, case.function, *abstract_inputs(shape, backward=True), *case.integers)
     return {kind: kernel.ms * 1e-3 for kernel in static.kernels for kind in ('forward', 'backward')
             if f'flash_{kind}' in kernel.name}
 

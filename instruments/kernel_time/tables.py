@@ -1,4 +1,4 @@
-"""The integers that decide what a kernel does: the values of its scalar-prefetch operands.
+"""Find the integers that decide what a kernel does: the values of its scalar-prefetch operands.
 
 Which blocks a kernel fetches can depend on tables that the program computes from its arguments before the kernel starts
 (segment bounds, page tables, block masks).  To run a kernel's scalar program one needs their values.  Here the program
@@ -15,7 +15,7 @@ SAME_ARGUMENTS = ('jit', 'pjit', 'closed_call', 'remat', 'checkpoint', 'custom_j
 
 
 def scalar_tables(function, *arguments, over=None) -> list[tuple[str, list[np.ndarray | None]]]:
-    """[(kernel's name, its scalar operands in order)] for every Pallas call of `function(*arguments)`, in order.
+    """List (kernel's name, its scalar operands in order) for every Pallas call of `function(*arguments)`, in order.
 
     Arguments are jax.ShapeDtypeStruct, or concrete arrays whose values count.  An operand that depends on an abstract
     argument is None.  `over`: the mesh that the function is compiled for.
@@ -31,7 +31,7 @@ def scalar_tables(function, *arguments, over=None) -> list[tuple[str, list[np.nd
 
 
 def evaluate(jaxpr, consts, arguments, found) -> list:
-    """The outputs of a jaxpr, None where unknown; Pallas calls on the way are added to `found`."""
+    """Evaluate a jaxpr's outputs, None where unknown; Pallas calls on the way are added to `found`."""
     values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values.get(atom)
     for equation in jaxpr.eqns:

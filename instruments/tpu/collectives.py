@@ -1,4 +1,4 @@
-"""The collectives of a compiled program: kind, mesh axes, bytes, and how often each runs in one execution.
+"""List the collectives of a compiled program: kind, mesh axes, bytes, and how often each runs in one execution.
 
     for collective in collectives(compiled.as_text(), mesh): print(collective, collective.wire_bytes)
 
@@ -34,14 +34,14 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> int:
-        """What one device sends in one execution, by the ring algorithms; others send no less."""
+        """Count the bytes that a device sends in one execution by the ring algorithms; others send no less."""
         if self.kind == 'collective-permute':
             return self.bytes
         return (2 if self.kind == 'all-reduce' else 1) * self.bytes * (self.devices - 1) // self.devices
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """The collectives of an optimised module's text, equal ones merged, sorted.
+    """List the collectives of an optimised module's text, equal ones merged, sorted.
 
     Of a conditional the branch that sends most is taken.
 
@@ -54,7 +54,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def bytes_by_axis(found: list[Collective]) -> dict[str, int]:
-    """What one device sends along each mesh axis in one run; a collective over two axes is under 'fsdp,mp'."""
+    """Add up what a device sends along each mesh axis in one run, in bytes; over two axes it is under 'fsdp,mp'."""
     total = counters.Counter()
     for collective in found:
         total[','.join(collective.axes)] += collective.wire_bytes * collective.times
@@ -62,7 +62,7 @@ def bytes_by_axis(found: list[Collective]) -> dict[str, int]:
 
 
 def of_computation(module: hlo.Module, name: str, mesh: Mesh, known: dict) -> counters.Counter:
-    """{collective with times=1: executions} of one run of a computation."""
+    """Count {collective with times=1: executions} in one run of a computation."""
     if name not in known:
         total = counters.Counter()
         for instruction in module.computations[name]:
@@ -81,7 +81,7 @@ def sent(found: counters.Counter) -> int:
 
 
 def of_instruction(module: hlo.Module, computation: str, instruction: hlo.Instruction, mesh: Mesh) -> Collective | None:
-    """The collective that an instruction starts, or None; one without partners (groups of one device) is none."""
+    """Read the collective that an instruction starts, or None; one without partners (groups of one device) is none."""
     kind = instruction.opcode.removesuffix('-start')
     neighbours = module.computations[computation]
     if kind not in KINDS or (CHAIN in instruction.attributes and not starts(neighbours)):
@@ -103,29 +103,64 @@ def of_instruction(module: hlo.Module, computation: str, instruction: hlo.Instru
 
 
 def starts(instructions: list[hlo.Instruction]) -> bool:
-    """Whether a fused computation is the one that starts an asynchronous collective."""
+    """Say whether a fused computation is the one that starts an asynchronous collective."""
     return any('custom_call_target="AsyncCollectiveStart"' in instruction.attributes for instruction in instructions)
 
 
-def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
-    """[groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
+IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'  # places 0, 1, 2, ... in these sizes, transposed
+LIST = r'\{\}|\{\{.*?\}\}'
+MESH = rf"mesh\[(.*?)\](?:, device_ids=\((?:{IOTA}|([\d,]+))\))? \{{(.*?)\}}"
 
-    Written as {{0,1},{2,3}}, as an iota [2,2]<=[4] or transposed [2,2]<=[2,2]T(1,0), or {} for all in one group.
+
+def device_groups(instruction: hlo.Instruction, devices: int) -> np.ndarray:
+    """Read the groups [groups, devices of a group], places in the mesh: of a permute, [pairs, (source, target)].
+
+    Written as {{0,1},{2,3}}, as an iota [2,2]<=[4] or transposed [2,2]<=[2,2]T(1,0), as axes of a mesh
+    mesh['fsdp'=2,'mp'=2] {'mp'} (from jax 0.11 on), or {} for all in one group.
+
+    Raises:
+      ValueError: there are no groups in a form that is known, or the mesh has fewer devices than they.
     """
-    written = re.search(r'(?:replica_groups|source_target_pairs)=(\{\}|\{\{.*?\}\}|\[\S+?\](?:T\([\d,]+\))?)(?=,|\s|$)',
+    written = re.search(rf'(?:replica_groups|source_target_pairs)=({LIST}|\[[\d,]+\]<={IOTA}|{MESH})(?=,|\s|$)',
                         instruction.attributes)
     if written is None:
         raise ValueError(f'no groups of devices in {instruction.name}: {instruction.attributes[:200]}')
-    iota = re.fullmatch(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', written[1])
-    if iota:
-        shape, sizes, order = ([int(number) for number in part.split(',')] if part else None for part in iota.groups())
-        groups = np.arange(np.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
-    elif written[1] == '{}':
+    written = written[1]
+    if iota := re.fullmatch(rf'\[([\d,]+)\]<={IOTA}', written):
+        groups = places(iota[2], iota[3]).reshape(numbers(iota[1]))
+    elif axes := re.fullmatch(MESH, written):
+        groups = along_axes(*axes.groups())
+    elif written == '{}':
         groups = np.arange(devices)[None]
     else:
-        groups = np.array([[int(place) for place in group.split(',')]
-                           for group in re.findall(r'\{([\d,]+)\}', written[1])])
+        groups = np.array([numbers(group) for group in re.findall(r'\{([\d,]+)\}', written)])
     if groups.max() >= devices:
-        raise ValueError(f'{instruction.name} has groups {written[1]} and the mesh {devices} devices: pass the mesh '
+        raise ValueError(f'{instruction.name} has groups {written} and the mesh {devices} devices: pass the mesh '
                          'that the program was compiled for')
     return groups
+
+
+def along_axes(mesh: str, sizes: str | None, order: str | None, ids: str | None, axes: str) -> np.ndarray:
+    """Group the devices of a mesh along axes: mesh "'fsdp'=2,'mp'=2", axes "'mp'".
+
+    The devices are 0, 1, 2, ..., or those numbers transposed (`sizes`, `order`, as in `places`), or listed (`ids`).
+    """
+    shape = {name.strip("'"): int(size) for name, size in (axis.split('=') for axis in mesh.split(','))}
+    names, grouped = list(shape), [axis.strip("'") for axis in axes.split(',') if axis]
+    if not set(grouped) <= set(names):
+        raise ValueError(f'groups along {axes} of mesh[{mesh}] cannot be read: a part of an axis is not known here')
+    total = int(np.prod([*shape.values()]))
+    devices = np.array(numbers(ids)) if ids else places(sizes or str(total), order)
+    last = [names.index(axis) for axis in grouped]
+    grid = np.moveaxis(devices.reshape([*shape.values()]), last, range(-len(last), 0))
+    return grid.reshape(-1, int(np.prod([shape[axis] for axis in grouped])))
+
+
+def places(sizes: str, order: str | None) -> np.ndarray:
+    """Lay 0, 1, 2, ... out in an array of these sizes, '2,2', and transpose it if there is an order."""
+    shape = numbers(sizes)
+    return np.arange(np.prod(shape)).reshape(shape).transpose(numbers(order) if order else None)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(',')]

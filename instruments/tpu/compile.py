@@ -6,8 +6,8 @@ memory, the optimised HLO and each kernel's schedule are the real ones.
 
 libtpu reads its environment once, when it is loaded: the first description loads it.  Among those variables is the
 folder that schedules are written to, so a process decides before its first compilation whether it wants them:
-`prepare(schedules=True)`.  tpu/static_cost.py does so by itself; a program that compiles large modules leaves them out
-(a whole training step's schedules are gigabytes).
+`prepare(schedules=True)`.  kernel_time/static_cost.py does so by itself; a program that compiles large modules leaves
+them out (a whole training step's schedules are gigabytes).
 """
 import atexit
 import contextlib
@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels import chips
+from instruments.tpu import chips
+from mistake import Mistake
 
 # there is no TPU and no metadata server to ask; several compiling processes do not harm each other
 ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
@@ -34,7 +35,7 @@ KEPT = ('-packed-bundles-post-ra.txt', '-pre-delay_hlo-static-per-bundle-utiliza
 
 @dataclasses.dataclass
 class Library:
-    """What this process has done to libtpu: nothing, prepared the environment, loaded it."""
+    """Remember what this process has done to libtpu: nothing, prepared the environment, loaded it."""
     prepared: bool = False
     loaded: bool = False
     schedules: pathlib.Path | None = None
@@ -45,7 +46,7 @@ library = Library()
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are those of one device."""
+    """Hold what the compiler says of a program; bytes are those of one device."""
     chip: chips.Chip
     text: str  # optimised HLO
     argument_bytes: int
@@ -62,10 +63,11 @@ def prepare(schedules: bool = False) -> None:
     """Set up libtpu's environment, once a process; with `schedules`, kernels' schedules are written while compiling.
 
     Raises:
-      ValueError: libtpu is not installed, or it was loaded without schedules and they are wanted now.
+      Mistake: libtpu is not installed.
+      ValueError: it was loaded without schedules and they are wanted now.
     """
     if importlib.util.find_spec('libtpu') is None:
-        raise ValueError("libtpu is not installed: the TPU compiler is in it; pip install -e '.[tpu]'")
+        raise Mistake("libtpu is not installed: the TPU compiler is in it; pip install -e '.[tpu]'")
     if schedules and library.schedules is None:
         if library.loaded:
             raise ValueError(f'{schedules=} is too late, libtpu is loaded and will not write them: '
@@ -80,10 +82,10 @@ def prepare(schedules: bool = False) -> None:
 
 
 def devices(name: str) -> list[jax.Device]:
-    """The devices of a slice ('v5e:4x8'), or of a chip's small default slice ('v5e'), to compile for.
+    """Describe the devices of a slice ('v5e:4x8'), or of a chip's small default slice ('v5e'), to compile for.
 
     Raises:
-      ValueError: no such chip, or libtpu knows no such slice; the message lists them.
+      Mistake: no such chip, or libtpu knows no such slice; the message lists them.
     """
     chip = chips.find(name)
     prepare()
@@ -94,12 +96,12 @@ def devices(name: str) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(platform='tpu', topology_name=topology, **single, **megacore).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f'{topology=} is no slice that libtpu knows ({error}); those of {chip.name}: '
-                         f'{", ".join(chips.topologies(chip))}') from error
+        raise Mistake(f'{topology=} is no slice that libtpu knows ({error}); those of {chip.name}: '
+                      f'{", ".join(chips.topologies(chip))}') from error
 
 
 def mesh(name: str, sizes: tuple[int, ...] = (1,), axes: tuple[str, ...] = ('x',)) -> Mesh:
-    """A mesh over a slice's devices, in libtpu's order; by default over one of them."""
+    """Make a mesh over a slice's devices, in libtpu's order; by default over one of them."""
     if len(sizes) != len(axes):
         raise ValueError(f'{sizes=} and {axes=} must have the same length')
     found = devices(name)
@@ -110,7 +112,7 @@ def mesh(name: str, sizes: tuple[int, ...] = (1,), axes: tuple[str, ...] = ('x',
 
 
 def abstract(tree, sharding) -> jax.ShapeDtypeStruct:
-    """The shapes and types of arrays (or of shapes), placed; those with a sharding of their own keep it."""
+    """Take the shapes and types of arrays (or of shapes), placed; those with a sharding of their own keep it."""
     def place(x):
         own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None else sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)

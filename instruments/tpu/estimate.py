@@ -1,11 +1,11 @@
-"""An estimate of a compiled step: its time, and the bounds that the chip's peaks set to it.  Nothing is measured.
+"""Estimate a compiled step: its time, and the bounds that the chip's peaks set to it.  Nothing is measured.
 
     text = step.lower(state, batch).compile().as_text()                 # for tpu.compile.devices('v5e:2x4')
     estimate(text, mesh, chips.find('v5e'), {'flash_forward': 0.9e-3, 'flash_backward': 1.9e-3})
 
 The scheduled text is walked in the order of execution, a loop's body once and taken as often as it turns:
   - computation takes XLA's own estimated cycles (tpu/step_cost.py) and the time handed in for each Pallas kernel
-    (kernels/static_times.py);
+    (kernel_time/static_times.py);
   - a collective takes what tpu/interconnect.py says, after those before it along the same dimension of the grid;
     a synchronous one keeps the core waiting, an asynchronous one only if it is not through where its result is needed.
     That waiting is `exposed_seconds`.
@@ -24,14 +24,14 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from instruments.tpu import hlo, interconnect, operations
+from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import CHAIN, bytes_by_axis, collectives, device_groups, of_instruction
 from instruments.tpu.step_cost import estimated_cycles, is_kernel
-from kernels.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device, in one run of the program."""
+    """Hold the estimate of one device, in one run of the program."""
     flops: float  # of matrix products, those of Pallas kernels as their cost_estimate says
     hbm_bytes: float
     wire_bytes: dict[str, int]  # sent along each mesh axis; 'fsdp,mp': by collectives over both
@@ -46,12 +46,12 @@ class Estimate:
 
     @property
     def binds(self) -> str:
-        """The name of the largest bound."""
+        """Name the largest bound."""
         return max(self.bounds, key=self.bounds.get)
 
 
 def estimate(text: str, mesh: Mesh, chip: Chip, kernel_seconds: Callable[[str], float] | dict[str, float]) -> Estimate:
-    """The estimate of an optimised, scheduled module's text.
+    """Estimate the time of an optimised, scheduled module's text.
 
     Args:
       mesh: that the program was compiled for, of devices with coordinates.
@@ -66,7 +66,7 @@ def estimate(text: str, mesh: Mesh, chip: Chip, kernel_seconds: Callable[[str], 
     if not module.scheduled:
         raise ValueError('the text is not scheduled (no is_scheduled=true in its first line): pass '
                          'compiled.as_text() of a program compiled for a TPU')
-    spent = Walk(module, mesh, chip, kernel_seconds).run(module.entry)
+    spent = Schedule(module, mesh, chip, kernel_seconds).run(module.entry)
     bounds = dict(compute=spent.flops / chip.peak_flops, hbm=spent.hbm_bytes / chip.hbm_bandwidth,
                   interconnect=max(spent.links.values(), default=0.0))
     return Estimate(spent.flops, spent.hbm_bytes, bytes_by_axis(collectives(text, mesh)), spent.compute,
@@ -75,7 +75,7 @@ def estimate(text: str, mesh: Mesh, chip: Chip, kernel_seconds: Callable[[str], 
 
 @dataclasses.dataclass
 class Spent:
-    """By one run of a computation; times in seconds."""
+    """Hold what one run of a computation spends; times in seconds."""
     flops: int = 0
     hbm_bytes: int = 0
     compute: float = 0.0
@@ -93,14 +93,15 @@ class Spent:
         return self.compute + self.exposed
 
 
-class Walk:
-    """Through the schedule of a module's computations."""
+class Schedule:
+    """Go through the schedule of a module's computations and add up what they spend."""
 
     def __init__(self, module: hlo.Module, mesh: Mesh, chip: Chip, kernel_seconds):
         self.module, self.mesh, self.chip, self.kernel_seconds = module, mesh, chip, kernel_seconds
         self.network, self.known = interconnect.network(mesh, chip), {}
 
     def run(self, name: str) -> Spent:
+        """Add up what a computation spends; each is gone through once."""
         if name in self.known:
             return self.known[name]
         spent = Spent()
@@ -130,6 +131,7 @@ class Walk:
         return spent
 
     def compute_seconds(self, instruction: hlo.Instruction) -> float:
+        """Look up the seconds that the core computes for an instruction: XLA's estimate, or a kernel's time."""
         if not is_kernel(instruction):
             return (estimated_cycles(instruction) or 0) / self.chip.clock
         if not isinstance(self.kernel_seconds, dict):
@@ -141,7 +143,7 @@ class Walk:
         return self.kernel_seconds[max(names, key=len)]
 
     def started(self, computation: str, instruction: hlo.Instruction) -> list[tuple]:
-        """(collective, its key in `awaited`, its groups) of those that an instruction starts, within a fusion too."""
+        """List what an instruction starts, in a fusion too: (collective, its key in `awaited`, its groups)."""
         inside = hlo.attribute(instruction, 'calls') if instruction.opcode == 'fusion' else computation
         candidates = self.module.computations[inside] if instruction.opcode == 'fusion' else [instruction]
         found = [(of_instruction(self.module, inside, candidate, self.mesh), candidate) for candidate in candidates]
@@ -149,7 +151,7 @@ class Walk:
                 for collective, candidate in found if collective is not None]
 
     def awaited(self, instruction: hlo.Instruction) -> list[str]:
-        """Keys of the collectives that are through when an instruction is."""
+        """List the keys of the collectives that are through when an instruction is."""
         if instruction.opcode.endswith('-done'):
             return instruction.operands[:1]
         if instruction.opcode != 'fusion':
@@ -160,6 +162,6 @@ class Walk:
 
 
 def chain(instruction: hlo.Instruction) -> str | None:
-    """What the fusions that start, advance and end an asynchronous collective have in common."""
+    """Name what the fusions that start, advance and end an asynchronous collective have in common."""
     found = re.search(r'chain_id="(\d+)"', instruction.attributes)
     return f'chain {found[1]}' if found and CHAIN in instruction.attributes else None

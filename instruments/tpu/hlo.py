@@ -1,4 +1,4 @@
-"""Optimised HLO text, read: computations, their instructions in the order of the text, and what each of them calls.
+"""Read optimised HLO text: computations, their instructions in the order of the text, and what each of them calls.
 
 A module's text is a list of computations; one is the entry.  Where its header says `is_scheduled=true` the order of
 the instructions is the order of execution.  Everything that a program spends is a sum over the entry computation in
@@ -27,7 +27,7 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of instructions of the same computation."""
+        """List names of instructions of the same computation."""
         return NAME.findall(self.arguments)
 
 
@@ -38,7 +38,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the values, without the padding of a tiled layout; 0 for a token."""
+        """Count the bytes of the values, without the padding of a tiled layout; 0 for a token."""
         bits = 8 if self.dtype == 'pred' else int((re.search(r'\d+', self.dtype) or ['0'])[0])
         return math.prod(self.shape) * bits // 8
 
@@ -50,7 +50,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """The computations of a module's text.
+    """Read the computations of a module's text.
 
     Raises:
       ValueError: there is no entry computation.
@@ -71,7 +71,7 @@ def parse(text: str) -> Module:
 
 
 def closing(line: str, start: int) -> int:
-    """Where the parenthesis that was opened just before `start` closes."""
+    """Find where the parenthesis that was opened just before `start` closes."""
     depth = 1
     for place in range(start, len(line)):
         depth += {'(': 1, ')': -1}.get(line[place], 0)
@@ -81,7 +81,7 @@ def closing(line: str, start: int) -> int:
 
 
 def arrays(type_: str) -> list[Array]:
-    """The arrays of a type, those within tuples too."""
+    """List the arrays of a type, those within tuples too."""
     return [Array(dtype, tuple(int(size) for size in shape.split(',') if size), not re.search(r'S\(\d+\)', layout))
             for dtype, shape, layout in ARRAY.findall(type_)]
 
@@ -91,7 +91,7 @@ def size(type_: str) -> int:
 
 
 def called(module: Module, instruction: Instruction) -> tuple[tuple[str, ...], int]:
-    """The computations of which an instruction runs one (a conditional has several), and how often it does.
+    """List the computations of which an instruction runs one (a conditional has several), and how often it does.
 
     What a reduction, a sort or an all-reduce applies to elements is not listed.
 
@@ -115,7 +115,7 @@ def attribute(instruction: Instruction, name: str) -> str:
 
 
 def trips(module: Module, loop: Instruction) -> int:
-    """A loop's trip count: what XLA found out, or the constant that its condition compares with."""
+    """Find a loop's trip count: what XLA found out, or the constant that its condition compares with."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])

@@ -1,4 +1,4 @@
-"""How long a collective takes on the links between chips, from where the devices of its groups stand.
+"""Estimate how long a collective takes on the links between chips, from where the devices of its groups stand.
 
 Chips stand on a grid and each is linked to its neighbours; links work in both directions at once.  The model, which
 knows bandwidth, distance and nothing of what a runtime does:
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import Collective
-from kernels.chips import Chip
 
 HOP = 1e-6  # seconds of a hop over a link, whatever is sent
 
@@ -36,7 +36,7 @@ class Network(NamedTuple):
 
 
 def network(mesh: Mesh, chip: Chip) -> Network:
-    """The grid that a mesh's devices stand on.
+    """Find the grid that a mesh's devices stand on.
 
     Raises:
       ValueError: the devices have no coordinates (they are no TPUs).
@@ -52,7 +52,7 @@ def network(mesh: Mesh, chip: Chip) -> Network:
 
 
 def seconds(collective: Collective, groups: np.ndarray, net: Network) -> float:
-    """Of one execution, no other traffic on the links; `groups` as tpu.collectives.device_groups gives them."""
+    """Estimate the seconds of one execution on idle links; `groups` as tpu.collectives.device_groups gives them."""
     links, hops = paths(collective.kind == 'collective-permute', tuple(map(tuple, groups.tolist())), net)
     return max((2 if collective.kind == 'all-reduce' else 1) * hops * HOP,
                collective.wire_bytes / (links * net.chip.link_bandwidth))
@@ -60,7 +60,7 @@ def seconds(collective: Collective, groups: np.ndarray, net: Network) -> float:
 
 @functools.cache
 def paths(permute: bool, groups: tuple[tuple[int, ...], ...], net: Network) -> tuple[float, int]:
-    """(links that a device sends over at once, hops between the two devices of a group that are farthest apart)."""
+    """Count (links that a device sends over at once, hops between the farthest two devices of a group)."""
     members = [[net.places[device] for device in group] for group in groups]
     hops = max(distance(a, b, net) for group in members for a, b in itertools.combinations(group, 2))
     if permute:
@@ -72,7 +72,7 @@ def paths(permute: bool, groups: tuple[tuple[int, ...], ...], net: Network) -> t
 
 
 def dimensions(groups: np.ndarray, net: Network) -> tuple[int, ...]:
-    """The dimensions of the grid that a collective's traffic goes along; (-1,) within one chip."""
+    """List the dimensions of the grid that a collective's traffic goes along; (-1,) within one chip."""
     members = np.array([[net.places[device] for device in group] for group in groups])
     return tuple(np.flatnonzero((members != members[:, :1]).any(axis=(0, 1))).tolist()) or (-1,)
 
@@ -82,7 +82,7 @@ def distance(a: Place, b: Place, net: Network) -> int:
 
 
 def steps(a: Place, b: Place, net: Network) -> list[int]:
-    """How many links to go in each dimension, the shorter way round; negative: downwards."""
+    """Count the links to go in each dimension, the shorter way round; negative: downwards."""
     found = []
     for start, end, side, wraps in zip(a, b, net.sides, net.wraps, strict=True):
         step = end - start
@@ -93,7 +93,7 @@ def steps(a: Place, b: Place, net: Network) -> list[int]:
 
 
 def neighbours(place: Place, group: list[Place], net: Network) -> int:
-    """Devices of the group one link away, or on the same chip (v7x has two there, joined by no slower a link)."""
+    """Count the group's devices one link away, or on the same chip (v7x has two there, joined by no slower a link)."""
     return sum(distance(place, other, net) <= 1 for other in group) - 1
 
 
@@ -107,7 +107,7 @@ def connected(group: list[Place], net: Network) -> bool:
 
 
 def most_used(pairs: list, net: Network) -> int:
-    """How many of the (source, target) pairs go over the link that most of them go over, at least 1."""
+    """Count the (source, target) pairs that go over the link that most of them go over, at least 1."""
     used = collections.Counter()
     for source, target in pairs:
         here = list(source)

@@ -1,4 +1,4 @@
-"""What an instruction of optimised HLO computes and moves: FLOPs of its matrix products, bytes to and from HBM.
+"""Count what an instruction of optimised HLO computes and moves: FLOPs of its matrix products, bytes to and from HBM.
 
 A TPU's text has products as `convolution` and a CPU's as `dot`, mostly inside fusions; a Pallas kernel's FLOPs are
 what its cost_estimate says.  The bytes are the least an instruction moves: its operands once and its results once,
@@ -19,7 +19,7 @@ VIEWS = ('bitcast', 'get-tuple-element', 'reshape', 'tuple')  # no bytes are mov
 
 
 def flops(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> int:
-    """FLOPs of the matrix products of one execution, those of fused computations included, loops not entered."""
+    """Count the FLOPs of one execution's matrix products, those of fused computations included, loops not entered."""
     if instruction.opcode == 'fusion':
         fused = hlo.attribute(instruction, 'calls')
         return sum(flops(module, fused, inside) for inside in module.computations[fused])
@@ -40,7 +40,7 @@ def of_dot(attributes: str, left, right, result) -> int:
 
 
 def of_convolution(attributes: str, left, right, result) -> int:
-    """Two for every product of an element of the input, no padding or hole, with one of the kernel."""
+    """Count two for every product of an element of the input, no padding or hole, with one of the kernel."""
     labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', attributes).groups()
     size = lambda array, shape, label: shape[labels[array].index(label)]
     window = dict(part.split('=') for part in (re.search(r'window=\{([^}]*)\}', attributes) or ['', ''])[1].split())
@@ -58,7 +58,7 @@ def of_convolution(attributes: str, left, right, result) -> int:
 
 
 def hbm_bytes(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> int:
-    """Bytes that one execution reads from and writes to HBM, at the least; loops are not entered."""
+    """Count the bytes that one execution reads from and writes to HBM, at the least; loops are not entered."""
     opcode = instruction.opcode
     if opcode in (*hlo.CONTROL, *hlo.FREE, *VIEWS, 'partition-id', 'replica-id') \
             or opcode == 'custom-call' and not is_kernel(instruction):
@@ -76,7 +76,7 @@ def in_hbm(type_: str) -> int:
 
 
 def read_of(module: hlo.Module, computation: str, instruction: hlo.Instruction, place: int) -> int:
-    """Bytes that an instruction reads of its operand number `place`."""
+    """Count the bytes that an instruction reads of its operand number `place`."""
     types = {other.name: other.type for other in module.computations[computation]}
     opcode, whole = instruction.opcode, hlo.size(types[instruction.operands[place]])
     if opcode.removesuffix('-start') in SLICES and place == 0:
@@ -95,13 +95,13 @@ def read_of(module: hlo.Module, computation: str, instruction: hlo.Instruction, 
 
 
 def uses(module: hlo.Module, computation: str, name: str) -> int:
-    """Bytes that the instructions of a fused computation read of one of its values."""
+    """Count the bytes that the instructions of a fused computation read of one of its values."""
     return sum(read_of(module, computation, user, place) for user in module.computations[computation]
                for place, operand in enumerate(user.operands) if operand == name)
 
 
 def written(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> int:
-    """Bytes of an instruction's results that it writes to HBM."""
+    """Count the bytes of an instruction's results that it writes to HBM."""
     if instruction.opcode != 'fusion':
         return update(module, computation, instruction) if in_hbm(instruction.type) else 0
     fused = hlo.attribute(instruction, 'calls')
@@ -118,7 +118,7 @@ def written(module: hlo.Module, computation: str, instruction: hlo.Instruction) 
 
 
 def update(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> int:
-    """Bytes that an instruction writes, wherever its result is."""
+    """Count the bytes that an instruction writes, wherever its result is."""
     types = {other.name: other.type for other in module.computations[computation]}
     if instruction.opcode == 'dynamic-update-slice':
         return hlo.size(types[instruction.operands[1]])
@@ -128,6 +128,6 @@ def update(module: hlo.Module, computation: str, instruction: hlo.Instruction) -
 
 
 def advances(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> bool:
-    """Whether an instruction goes on with a collective that an earlier one started: its bytes were counted there."""
+    """Say whether an instruction goes on with a collective that an earlier one started, which has its bytes."""
     return instruction.opcode in KINDS and CHAIN in instruction.attributes \
         and not starts(module.computations[computation])

@@ -1,10 +1,10 @@
-"""What XLA's own scheduler expects of a whole program: cycles of every fusion and copy, loops multiplied out.
+"""Add up what XLA's own scheduler expects of a program: cycles of every fusion and copy, loops multiplied out.
 
 Each fusion, copy and convolution of the optimised HLO carries `estimated_cycles` of the TensorCore.  Summed over the
 entry computation, with a loop's body times its trip count (the constant in its condition), they give the time of
-everything but Pallas kernels, whose time is tpu/static_cost.py's and of which this file tells how often each runs, and
-asynchronous copies and collectives, which have no estimate and are counted by name.  `cost_analysis()` cannot replace
-it: its FLOPs count a loop's body once, and its `optimal_seconds` are right for a single kernel only.
+everything but Pallas kernels, whose time is kernel_time/static_cost.py's and of which this file tells how often each
+runs, and asynchronous copies and collectives, which have no estimate and are counted by name.  `cost_analysis()` cannot
+replace it: its FLOPs count a loop's body once, and its `optimal_seconds` are right for a single kernel only.
 """
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ class StepCost:
 
 
 def step_cost(text: str) -> StepCost:
-    """The cost of an optimised module's text (`compile_for(…).text`).  Of a conditional the dearest branch is taken.
+    """Add up the cost of an optimised module's text (`compile_for(…).text`).  A conditional is its dearest branch.
 
     Raises:
       ValueError: the text has no entry computation, or a loop's trip count cannot be read.
@@ -66,5 +66,5 @@ def estimated_cycles(instruction: hlo.Instruction) -> int | None:
 
 
 def is_kernel(instruction: hlo.Instruction) -> bool:
-    """Whether an instruction is a Pallas kernel."""
+    """Say whether an instruction is a Pallas kernel."""
     return instruction.opcode == 'custom-call' and PALLAS in instruction.attributes

@@ -1,27 +1,25 @@
 """What the programs share: whether prompts begin with bos, the directory of compiled programs, flags of processes."""
 import stat
+from types import SimpleNamespace
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
 from hosts import start
-from program import flags
-from program import model as wiring
+from program import flags, parse, settings
+from program import model as program
 
 
 @pytest.mark.parametrize('given, trained, chosen', [
     (None, None, True), (None, False, False), (None, True, True), (False, None, False), (True, True, True)])
-def test_bos_is_as_the_checkpoint_was_trained(monkeypatch, given, trained, chosen):
+def test_bos_is_as_the_checkpoint_was_trained(given, trained, chosen):
     """Without a flag the checkpoint decides, and EasyLM's True where it says nothing."""
-    monkeypatch.setattr(wiring.load, 'read_add_bos_token', lambda spec: trained)
-    assert wiring.choose_bos(ConfigDict(dict(add_bos_token=given, load_checkpoint='some'))) is chosen
+    assert program.choose_bos(given, SimpleNamespace(spec='some', add_bos_token=trained)) is chosen
 
 
-def test_bos_against_the_checkpoint_is_refused(monkeypatch):
-    monkeypatch.setattr(wiring.load, 'read_add_bos_token', lambda spec: False)
+def test_bos_against_the_checkpoint_is_refused():
     with pytest.raises(ValueError, match="add_bos_token=True, but load_checkpoint='some' was trained with False"):
-        wiring.choose_bos(ConfigDict(dict(add_bos_token=True, load_checkpoint='some')))
+        program.choose_bos(True, SimpleNamespace(spec='some', add_bos_token=False))
 
 
 def test_compiled_programs_are_kept_where_only_the_user_reads(monkeypatch, tmp_path):
@@ -30,7 +28,7 @@ def test_compiled_programs_are_kept_where_only_the_user_reads(monkeypatch, tmp_p
     before = jax.config.jax_compilation_cache_dir
     (tmp_path / 'compiled').mkdir(mode=0o777)
     try:
-        wiring.keep_compilations()
+        program.keep_compilations()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'compiled')
     finally:
         jax.config.update('jax_compilation_cache_dir', before)
@@ -38,7 +36,7 @@ def test_compiled_programs_are_kept_where_only_the_user_reads(monkeypatch, tmp_p
 
 
 def distributed(*arguments):
-    config = flags.parse(['serve.py', *arguments], flags.SERVE, '')
+    config = parse.parse(['serve.py', *arguments], flags.SERVE, '')
     return start.start_processes(config)
 
 
@@ -70,18 +68,19 @@ def test_a_host_of_a_slice_that_was_started_alone_is_refused(monkeypatch):
     """On one host of many JAX counts all, but nobody has called them together."""
     monkeypatch.setattr(jax, 'process_count', lambda: 4)
     with pytest.raises(ValueError, match='one of 4 hosts of a slice: start the program on all of them with --jax_dist'):
-        wiring.open_model(flags.parse(['serve.py'], flags.SERVE, ''))
+        given = parse.parse(['serve.py'], flags.SERVE, '')
+        program.open_model(settings.read_load(given), settings.read_compute(given))
 
 
 def test_flags_of_another_process_are_compared_by_name(monkeypatch):
     """process_id may differ; any other flag is named with both values."""
-    ours = flags.parse(['serve.py', '--mesh_dim=1,1,8'], flags.SERVE, '')
-    theirs = flags.parse(['serve.py', '--mesh_dim=1,2,4', '--jax_distributed.process_id=1'], flags.SERVE, '')
+    ours = parse.parse(['serve.py', '--mesh_dim=1,1,8'], flags.SERVE, '')
+    theirs = parse.parse(['serve.py', '--mesh_dim=1,2,4', '--jax_distributed.process_id=1'], flags.SERVE, '')
     sent = []
-    monkeypatch.setattr(wiring.processes, 'exchange', lambda text: sent.append(text) or [text])
+    monkeypatch.setattr(program.processes, 'exchange', lambda text: sent.append(text) or [text])
     start.refuse_other_flags(theirs)
-    monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [text, sent[0]])
+    monkeypatch.setattr(program.processes, 'exchange', lambda text: [text, sent[0]])
     with pytest.raises(ValueError, match="mesh_dim is '1,1,8' on process 0 and '1,2,4' on process 1: start all"):
         start.refuse_other_flags(ours)
-    monkeypatch.setattr(wiring.processes, 'exchange', lambda text: [sent[0], text])
-    start.refuse_other_flags(flags.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))
+    monkeypatch.setattr(program.processes, 'exchange', lambda text: [sent[0], text])
+    start.refuse_other_flags(parse.parse(['serve.py', '--mesh_dim=1,2,4'], flags.SERVE, ''))

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -19,14 +21,17 @@ from jax.sharding import PartitionSpec as P
 from test_checkpoint_easylm import flax_array, stream
 from test_checkpoint_gguf import write as write_gguf
 
-from checkpoint import load, native, shards
+import checkpoint
+from checkpoint import native, shards
 from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_writer, reading
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
+from mistake import Mistake
 from model.config import MODELS, Compute, LlamaConfig
-from model.llama import abstract_params, hidden_states, partitions
+from model.llama import hidden_states
 from model.loss import logits
 from model.partition import make_mesh
+from model.weights import abstract_params, by_name, partitions, weight_specs
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,8 +48,9 @@ def model_logits(params, config, mesh, tokens):
 def test_hugging_face_models_give_the_logits_of_transformers(golden, case):
     """Within 2e-5 of the largest logit of transformers 5.23, both in float32."""
     spec, mesh = f'hf::{golden}/huggingface/{case}', make_mesh('1,1,1', jax.devices()[:1])
-    config, expected = load.read_config(spec), np.load(golden / f'huggingface/{case}/golden.npz')
-    got = model_logits(load.load_params(spec, config, mesh), config, mesh, expected['tokens'].astype(np.int32))
+    source = checkpoint.open(spec)
+    config, expected = source.config, np.load(golden / f'huggingface/{case}/golden.npz')
+    got = model_logits(source.load_params(config, mesh), config, mesh, expected['tokens'].astype(np.int32))
     assert np.abs(got - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
 
 
@@ -55,9 +61,10 @@ def easylm_config(golden, **changes):
 def test_easylm_models_give_the_logits_of_easylm(golden):
     """Within 2e-5 of the largest logit of EasyLM (August 2023), both in float32, on a mesh of two heads a device."""
     spec, mesh, config = f'params::{golden}/easylm/streaming_params_fp32', make_mesh('1,1,2', jax.devices()[:2]), None
-    assert load.read_config(spec) is None and load.read_tokenizer(spec) is None and load.read_template(spec) is None
+    source = checkpoint.open(spec)
+    assert source.config is None and source.tokenizer is None and source.template is None
     config, expected = easylm_config(golden), np.load(golden / 'easylm/model.npz')
-    got = model_logits(load.load_params(spec, config, mesh), config, mesh, expected['tokens'][:, :-1].astype(np.int32))
+    got = model_logits(source.load_params(config, mesh), config, mesh, expected['tokens'][:, :-1].astype(np.int32))
     assert np.abs(got - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
 
 
@@ -70,7 +77,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
     """
     spec, mesh = f'params::{golden}/easylm/streaming_params_fp32', make_mesh(mesh)
     config, reads, read = easylm_config(golden), [], easylm.Reader.tensor
-    whole = load.open_reader(spec, config)
+    whole = checkpoint.open(spec).reader(config)
 
     def counted(*args):
         part = read(*args)
@@ -79,7 +86,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
 
     monkeypatch.setattr(shards, 'STACK_BYTES', stack_bytes)
     monkeypatch.setattr(easylm.Reader, 'tensor', counted)
-    params = load.load_params(spec, config, mesh)
+    params = checkpoint.open(spec).load_params(config, mesh)
     monkeypatch.undo()
     for leaf, target in zip(jax.tree.leaves(params), jax.tree.leaves(abstract_params(config, mesh)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (target.shape, target.dtype, target.sharding)
@@ -89,7 +96,7 @@ def test_weights_land_on_their_shardings(golden, mesh, stack_bytes, monkeypatch)
 
 
 def assert_equal_whole_tensors(params, reader, config):
-    for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+    for weight, leaf in zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(params), strict=True):
         leaf = np.asarray(leaf)
         for layer in range(weight.shape[0]) if weight.stacked else [None]:
             np.testing.assert_array_equal(leaf if layer is None else leaf[layer], reader.tensor(weight.name, layer))
@@ -101,7 +108,7 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
     """Bit for bit; mp=8 cuts 4 key/value heads in two, fsdp=4 cuts rows of 64 in quantised blocks of 32."""
     config = LlamaConfig(64, 64, 128, 2, 8, 8 if kind in ('params', 'bf16', 'flax_params') else 4)
     rng = np.random.default_rng(0)
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: rng.standard_normal(shapes[name], np.float32)
     if kind in ('hf', 'gguf', 'gguf_quantised'):
         huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
@@ -118,8 +125,8 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
             functools.reduce(lambda node, part: node.setdefault(part, {}), key[:-1], tree)[key[-1]] = flax_array(value)
         (tmp_path / 'f').write_bytes(msgpack.packb(tree))
         spec = f'flax_params::{tmp_path}/f'
-    params = load.load_params(spec, config, make_mesh(mesh))
-    assert_equal_whole_tensors(params, load.open_reader(spec, config), config)
+    params = checkpoint.open(spec).load_params(config, make_mesh(mesh))
+    assert_equal_whole_tensors(params, checkpoint.open(spec).reader(config), config)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
@@ -138,16 +145,17 @@ def test_a_part_of_a_file_is_that_part(tmp_path, monkeypatch, dtype):
 def test_host_bytes_are_four_slices():
     """65b on eight devices: 4 x an eighth of the embedding; on one, 4 x the embedding and not a stack of 57 GB."""
     config = MODELS['65b']
-    assert load.host_bytes(config, make_mesh('1,8,1')) == 4 * (32000 * 8192 * 4 // 8)
-    assert load.host_bytes(config, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (32000 * 8192 * 4)
+    assert checkpoint.source.host_bytes(config, make_mesh('1,8,1')) == 4 * (32000 * 8192 * 4 // 8)
+    assert checkpoint.source.host_bytes(config, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (32000 * 8192 * 4)
     small = LlamaConfig(64, 64, 128, 2, 8)  # its stacks are put together on the host
-    assert load.host_bytes(small, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (2 * 64 * 128 * 4)
+    assert checkpoint.source.host_bytes(small, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (2 * 64 * 128 * 4)
 
 
 MEASURED = '''
 import pathlib, sys
 import jax, numpy as np
-from checkpoint import load, shards
+import checkpoint
+from checkpoint import shards
 from checkpoint.formats import easylm
 from checkpoint.formats import huggingface
 from model.config import LlamaConfig
@@ -161,9 +169,9 @@ status = lambda: {line.split(':')[0]: int(line.split()[1]) * 1024
                   for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = status()['VmRSS']
-params = jax.block_until_ready(load.load_params(sys.argv[1], config, mesh))
+params = jax.block_until_ready(checkpoint.open(sys.argv[1]).load_params(config, mesh))
 peak = status()['VmHWM'] - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print('BESIDE', peak, load.host_bytes(config, mesh))
+print('BESIDE', peak, checkpoint.source.host_bytes(config, mesh))
 '''
 
 
@@ -175,7 +183,7 @@ def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
     """
     config = LlamaConfig(4096, 1024, 2816, 7, 8, max_sequence_length=128)
     tile = np.random.default_rng(0).random(2**22, np.float32)
-    shapes = {weight.name: weight.shape[1:] if weight.stacked else weight.shape for weight in load.specs_of(config)}
+    shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: tile[:np.prod(shapes[name])].reshape(shapes[name])
     if kind == 'hf':
         huggingface_writer.write(tmp_path / 'model', tensor, config, None, None, 'bf16', 10**12)
@@ -192,19 +200,24 @@ PROCESS = '''
 import json, pathlib, sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from checkpoint import load, shards
+import checkpoint
+from checkpoint import shards
 from checkpoint.formats import easylm
 from model.config import LlamaConfig
 from model.partition import make_mesh
+from model.weights import weight_specs
+from model.weights import partitions
+from model.weights import by_name
+from model.weights import abstract_params
 golden = pathlib.Path(sys.argv[3])
 config = LlamaConfig(**json.loads((golden / 'model.json').read_text()))
 reads, read = [], easylm.Reader.tensor
 easylm.Reader.tensor = lambda *args: reads.append(part := read(*args)) or part
 shards.STACK_BYTES = 0
 spec, count = f'params::{golden}/streaming_params_fp32', 0
-params = load.load_params(spec, config, make_mesh('!1,4,2'))
-read_here, whole = sum(part.size for part in reads), load.open_reader(spec, config)
-for weight, leaf in zip(load.specs_of(config), jax.tree.leaves(params), strict=True):
+params = checkpoint.open(spec).load_params(config, make_mesh('!1,4,2'))
+read_here, whole = sum(part.size for part in reads), checkpoint.open(spec).reader(config)
+for weight, leaf in zip(jax.tree.leaves(weight_specs(config)), jax.tree.leaves(params), strict=True):
     stored = lambda layer: read(whole, weight.name, layer)
     array = np.stack([stored(layer) for layer in range(weight.shape[0])]) if weight.stacked else stored(None)
     assert not leaf.is_fully_addressable
@@ -241,16 +254,17 @@ def test_a_checkpoint_of_another_shape_is_refused_before_a_tensor_is_read(golden
     monkeypatch.setattr(easylm.Reader, 'tensor', None)
     spec = f'params::{golden}/easylm/streaming_params_fp32'
     with pytest.raises(ValueError, match=f'checkpoint of another shape.*{message}'):
-        load.load_params(spec, easylm_config(golden, **changes), make_mesh('8,1,1'))
+        checkpoint.open(spec).load_params(easylm_config(golden, **changes), make_mesh('8,1,1'))
 
 
 def test_heads_that_share_a_shape_are_told_apart(golden, monkeypatch):
     """4 heads of 16 and 2 heads of 32 have equal matrices; the configurations differ, so it is refused."""
     monkeypatch.setattr(huggingface.Reader, 'tensor', None)
     spec = f'hf::{golden}/huggingface/mha_untied'
-    config = dataclasses.replace(load.read_config(spec), num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    source = checkpoint.open(spec)
+    config = dataclasses.replace(source.config, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
     with pytest.raises(ValueError, match='head_dim got 16 want 32'):
-        load.load_params(spec, config, make_mesh('8,1,1'))
+        source.load_params(config, make_mesh('8,1,1'))
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -260,41 +274,189 @@ def test_heads_that_share_a_shape_are_told_apart(golden, monkeypatch):
     ('', "load_checkpoint=''"), ('params::', "load_checkpoint='params::'")])
 def test_specs_that_name_nothing_are_refused_with_the_remedy(spec, message):
     """One line with the flag, the value, and what to write instead."""
-    for read in (load.read_config, load.read_tokenizer, load.read_template):
-        with pytest.raises(ValueError) as error:
-            read(spec)
-        assert message in str(error.value) and 'load_checkpoint=' in str(error.value)
+    with pytest.raises(Mistake) as error:
+        checkpoint.open(spec)
+    assert message in str(error.value) and 'load_checkpoint=' in str(error.value)
 
 
 def test_a_bare_foreign_path_is_answered_with_its_type(golden):
     """Forgetting hf:: or params:: is the commonest slip: the message spells the whole value."""
     for path, kind in ((golden / 'huggingface/mha_untied', 'hf'), (golden / 'easylm/streaming_params_fp32', 'params')):
         with pytest.raises(ValueError, match=f'{kind}::{path}'):
-            load.read_config(str(path))
+            checkpoint.open(str(path))
 
 
 def test_native_checkpoint_gives_back_all_it_was_given(golden, tmp_path):
     """Configuration, weights, tokenizer and template of a saved model, from the directory or from the step in it."""
     config, tokenizer = easylm_config(golden), load_tokenizer(golden / 'easylm/tokenizer.model')
-    params = load.load_params(f'params::{golden}/easylm/streaming_params_fp32', config, make_mesh('1,4,2'))
+    params = checkpoint.open(f'params::{golden}/easylm/streaming_params_fp32').load_params(config, make_mesh('1,4,2'))
     template = PromptTemplate(labels=('bad', 'good'))
-    meta, files = load.describe(config, tokenizer, template)
-    step = native.save(tmp_path, 3, load.by_name(params, config, 'params'), meta, files, keep=1)
+    meta, files = checkpoint.source.describe(config, tokenizer, template)
+    step = native.save(tmp_path, 3, by_name(params, config, 'params'), meta, files, keep=1)
     for spec in (str(tmp_path), str(step)):
-        loaded = load.load_params(spec, load.read_config(spec), make_mesh('2,2,2'))
+        source = checkpoint.open(spec)
+        loaded = source.load_params(source.config, make_mesh('2,2,2'))
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
-        assert load.read_config(spec) == config and load.read_template(spec) == template
-        assert load.read_tokenizer(spec).fingerprint == tokenizer.fingerprint
+        assert source.config == config and source.template == template and source.step == 3
+        assert source.tokenizer.fingerprint == tokenizer.fingerprint
     with pytest.raises(ValueError, match='head_dim got 16 want 32'):
-        load.load_params(str(tmp_path), dataclasses.replace(config, num_attention_heads=2, num_key_value_heads=2,
-                                                            head_dim=32), make_mesh('2,2,2'))
+        source.load_params(dataclasses.replace(config, num_attention_heads=2, num_key_value_heads=2, head_dim=32),
+                           make_mesh('2,2,2'))
 
 
 def test_native_checkpoint_keeps_a_json_tokenizer_with_its_ids(tmp_path):
     """tokenizer.json states no bos, eos and pad: the checkpoint does, so the fingerprint survives."""
     bpe = dict(type='BPE', vocab={'a': 0, 'b': 1, 'c': 2}, merges=[])
     tokenizer = tokenizer_from_json(json.dumps(dict(version='1.0', added_tokens=[], model=bpe)), 2, 1, 0)
-    meta, files = load.describe(LlamaConfig(), tokenizer, None)
+    meta, files = checkpoint.source.describe(LlamaConfig(), tokenizer, None)
     native.save(tmp_path, 1, {}, meta, files, keep=1)
-    assert load.read_tokenizer(str(tmp_path)).fingerprint == tokenizer.fingerprint
-    assert load.read_template(str(tmp_path)) is None
+    source = checkpoint.open(str(tmp_path))
+    assert source.tokenizer.fingerprint == tokenizer.fingerprint and source.template is None
+
+
+# ---------------------------------------------------------------- a run that writes and deletes meanwhile
+
+
+def save_step(directory, step, keep_every=0):
+    """Saves a checkpoint every part of which says `step`, and deletes the others: what a run does with keep=1."""
+    config = LlamaConfig(8, 8, 16, 2, 2, max_sequence_length=step)
+    bpe = dict(type='BPE', vocab={'a': 0, 'b': 1, f'c{step}': 2}, merges=[])
+    tokenizer = tokenizer_from_json(json.dumps(dict(version='1.0', added_tokens=[], model=bpe)), 2, 1, 0)
+    meta, files = checkpoint.source.describe(config, tokenizer, PromptTemplate(labels=(f'no{step}', 'yes')))
+    arrays = {f'params.{spec.name}': native.Streamed(spec.shape, np.dtype(np.float32), spec.shape[0],
+                                                     iter([np.full(spec.shape, step, np.float32)]))
+              for spec in jax.tree.leaves(weight_specs(config))}
+    native.save(directory, step, arrays, meta, files, keep=1, keep_every=keep_every)
+
+
+def value(arrays):
+    """The one number that all of them hold."""
+    found, = {float(number) for array in arrays for number in np.unique(np.asarray(array))}
+    return found
+
+
+def weights(source):
+    mesh = make_mesh('1,1,1', jax.devices()[:1])
+    return value(jax.tree.leaves(source.load_params(source.config, mesh)))
+
+
+READS = {
+    'config': lambda source: source.config.max_sequence_length,
+    'tokenizer': lambda source: int(list(json.loads(source.tokenizer.source_bytes)['model']['vocab'])[2][1:]),
+    'template': lambda source: int(source.template.labels[0][2:]),
+    'step': lambda source: source.step,
+    'load_params': weights,
+    'reader': lambda source: value([source.reader(source.config).tensor('layers.w_q', 1)]),
+}
+IN_MEMORY = ('config', 'template', 'step')  # once it is open
+
+
+@pytest.mark.parametrize('reads', [[read, *READS] for read in READS] + [[*READS]], ids=lambda reads: reads[0])
+def test_what_is_read_after_a_newer_step_was_saved_is_of_the_step_that_was_opened(tmp_path, reads):
+    """Between open and any read the run saves step 2 and deletes 1: all is of step 1 or one line says it is gone."""
+    save_step(tmp_path, 1)
+    source = checkpoint.open(str(tmp_path))
+    save_step(tmp_path, 2)
+    for read in reads:
+        if read in IN_MEMORY:
+            assert READS[read](source) == 1
+        else:
+            with pytest.raises(Mistake, match='step_00000001 was deleted while it was read.* --checkpointer.keep'):
+                READS[read](source)
+    assert {name: read(checkpoint.open(str(tmp_path))) for name, read in READS.items()} == dict.fromkeys(READS, 2)
+
+
+def test_the_newest_step_is_looked_for_again_when_it_goes_before_it_is_opened(tmp_path, monkeypatch):
+    """Listed: 10, a milestone, and 11; then 12 is saved and 11 deleted.  12 is opened, and not the older milestone."""
+    save_step(tmp_path, 10, keep_every=10)
+    save_step(tmp_path, 11, keep_every=10)
+    complete = native._complete
+
+    def once(path):
+        monkeypatch.setattr(native, '_complete', complete)
+        save_step(tmp_path, 12, keep_every=10)
+        return complete(path)
+
+    monkeypatch.setattr(native, '_complete', once)
+    source = checkpoint.open(str(tmp_path))
+    assert native.steps(tmp_path) == [10, 12]
+    assert {name: read(source) for name, read in READS.items()} == dict.fromkeys(READS, 12)
+
+
+@pytest.mark.parametrize('read, after', [('reader', 1), ('load_params', 1), ('load_params', 2), ('load_params', 24)])
+def test_arrays_that_go_after_they_were_verified_are_not_read_as_zeros(tmp_path, monkeypatch, read, after):
+    """tensorstore fills a chunk that is missing with zeros unless told otherwise."""
+    save_step(tmp_path, 1)
+    source, verify, calls = checkpoint.open(str(tmp_path)), native._verify, []
+
+    def then_gone(*args):
+        verify(*args)
+        calls.append(args)
+        if len(calls) == after:  # two calls for each of the 12 arrays
+            save_step(tmp_path, 2)
+
+    monkeypatch.setattr(native, '_verify', then_gone)
+    with pytest.raises(Mistake, match='step_00000001 was deleted while it was read'):
+        READS[read](source)
+
+
+def test_a_run_that_saves_all_the_time_is_read_step_by_step(tmp_path):
+    """A thread saves one step after the other with keep=1; whatever is read meanwhile is all of one step.
+
+    The pauses grow until every reader loses the race, so that each read is once the one that comes too late.
+    """
+    done, seen, gone = threading.Event(), set(), 0
+    save_step(tmp_path, 1)
+
+    def save_on():
+        step = 2
+        while not done.is_set():
+            save_step(tmp_path, step)
+            step += 1
+
+    thread = threading.Thread(target=save_on)
+    thread.start()
+    try:
+        while gone < 5:
+            assert thread.is_alive()
+            source, found = checkpoint.open(str(tmp_path)), set()
+            try:
+                for read in READS.values():
+                    time.sleep(0.002 * gone + 0.001 * len(seen))
+                    found.add(read(source))
+                seen |= found
+            except Mistake as error:
+                assert 'was deleted while it was read' in str(error)
+                gone += 1
+            assert found <= {source.step}
+    finally:
+        done.set()
+        thread.join()
+    assert seen
+
+
+# ---------------------------------------------------------------- slips
+
+
+@pytest.mark.parametrize('file, hint', [
+    ('model.gguf', 'gguf::{}/model.gguf'), ('model.safetensors', 'hf::{}'), ('config.json', 'hf::{}'),
+    ('streaming_params', 'params::{}/streaming_params'),
+    ('streaming_train_state', 'trainstate::{}/streaming_train_state')])
+def test_a_directory_with_a_foreign_model_is_answered_with_its_spelling(tmp_path, file, hint):
+    """--load_checkpoint=DIR where DIR holds a .gguf, as fetch.py leaves it: the message spells TYPE::PATH."""
+    (tmp_path / file).write_bytes(b'')
+    with pytest.raises(Mistake) as error:
+        checkpoint.open(str(tmp_path))
+    assert str(error.value).endswith(f'--load_checkpoint={hint.format(tmp_path)}')
+
+
+def test_the_position_in_the_data_is_that_of_a_run(tmp_path):
+    """--load_dataset_state of what convert.py wrote, or of no checkpoint: one line with that flag, not KeyError."""
+    native.save(tmp_path / 'run', 1, {}, dict(flags=dict(a=1), data=dict(b=2)), {}, keep=1)
+    assert checkpoint.source.read_run(str(tmp_path / 'run')) == (dict(a=1), dict(b=2))
+    save_step(tmp_path / 'converted', 7)
+    with pytest.raises(Mistake, match='^load_dataset_state=.*was not written by train.py.*dataset.json of the run'):
+        checkpoint.source.read_run(str(tmp_path / 'converted'))
+    (tmp_path / 'model.gguf').write_bytes(b'')
+    with pytest.raises(Mistake, match='^load_dataset_state=.*holds no complete checkpoint'):
+        checkpoint.source.read_run(str(tmp_path))

@@ -1,16 +1,22 @@
 """The benchmark of the kernels: nothing is timed that is wrong, nothing twice, and nothing in interpret mode."""
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from instruments.bench import anchors, report, shapes
+from instruments import sources
+from instruments.bench import anchors, report, shapes, timing
 from instruments.bench import attention as benchmark
-from instruments.bench.anchors import Case
+from instruments.bench.cases import Case, with_gradient
 from instruments.bench.shapes import AttentionShape, DecodeShape
 
+ROOT = sources.ROOT
 SMALL = AttentionShape(B=1, T=64, H=2, K=1, D=64)
 
 
@@ -27,10 +33,10 @@ def plain(scale=64 ** -0.5, hidden=-1e30):
 @pytest.mark.parametrize('backward', [False, True])
 def test_a_kernel_that_is_wrong_is_not_timed(backward):
     """The right attention passes the check, forward and backward; twice the scale and a missing mask do not."""
-    assert benchmark.check(Case(anchors.with_gradient(plain(), backward)), SMALL, backward) < 0.005
+    assert benchmark.check(Case(with_gradient(plain(), backward)), SMALL, backward) < 0.005
     for wrong in (plain(scale=0.25), plain(hidden=0.0)):
         with pytest.raises(ValueError, match='differs from kernels/reference.py'):
-            benchmark.check(Case(anchors.with_gradient(wrong, backward)), SMALL, backward)
+            benchmark.check(Case(with_gradient(wrong, backward)), SMALL, backward)
 
 
 def test_decoding_is_checked_against_the_reference_too():
@@ -61,7 +67,7 @@ def static(ms):
 
 
 def test_a_row_that_is_there_is_not_timed_again(monkeypatch, tmp_path):
-    """Two runs time each tiling once; a changed source of ours is timed again, the anchors are not."""
+    """Two runs time each tiling once, the second none."""
     timed = []
     monkeypatch.setattr(benchmark, 'check', lambda *_: 0.001)
     monkeypatch.setattr(benchmark, 'make_case', lambda kernel, *_: timed.append(kernel) or Case(None))
@@ -71,9 +77,29 @@ def test_a_row_that_is_there_is_not_timed_again(monkeypatch, tmp_path):
     first = benchmark.run(*arguments)
     assert timed == ['ours', 'flash', 'flash'] and benchmark.run(*arguments) == first
     assert len(timed) == 3 and len((tmp_path / 'rows.jsonl').read_text().splitlines()) == 3
-    monkeypatch.setattr(benchmark, 'sources', lambda *_: 'changed')
+
+
+@pytest.mark.parametrize('changed, again', [
+    ('kernels/flash_attention.py', ['ours']), ('kernels/tuned_tiles.json', ['ours']),
+    ('instruments/bench/anchors.py', ['flash', 'flash']),
+    ('instruments/kernel_time/static_cost.py', ['ours', 'flash', 'flash']),
+    ('instruments/tpu/step_cost.py', ['ours', 'flash', 'flash']), ('instruments/bench/report.py', []),
+])
+def test_a_row_is_timed_again_when_a_source_that_it_follows_from_changes(changed, again, monkeypatch, tmp_path):
+    """The kernel's own, and the instruments' that time it; how rows are printed is none of them."""
+    timed = []
+    monkeypatch.setattr(sources, 'ROOT', tmp_path)
+    for room in ('kernels', 'instruments'):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns('__pycache__'))
+    monkeypatch.setattr(benchmark, 'time_row', lambda shape, kernel, *_: timed.append(kernel) or static(0.5))
+    monkeypatch.setattr(report, 'line', lambda row: '')
+    arguments = ['s1'], ['ours', 'flash'], ['forward'], ['v5e'], tmp_path / 'runs'
     benchmark.run(*arguments)
-    assert timed[3:] == ['ours']
+    timed.clear()
+    with (tmp_path / changed).open('a') as file:
+        file.write('\n')
+    benchmark.run(*arguments)
+    assert timed == again
 
 
 def test_a_row_states_useful_work_per_time(monkeypatch):
@@ -111,7 +137,7 @@ def test_the_profile_gives_the_executions_of_the_kernel_alone():
     """Two executions on the device of 966 and 970 us; the copy, the host and the other lines do not count."""
     data = jax.profiler.ProfileData
     profile = data.from_serialized_xspace(data.text_proto_to_serialized_xspace(PROFILE))
-    assert benchmark.kernel_times(profile, ['attend.1']) == {'attend.1': [966000.0, 970000.0]}
+    assert timing.kernel_durations(profile, ['attend.1']) == {'attend.1': [966000.0, 970000.0]}
 
 
 def rows():
@@ -147,3 +173,10 @@ def test_the_roofline_is_a_picture(tmp_path):
 
 def test_rows_are_json(tmp_path):
     assert json.loads(json.dumps(benchmark.describe('d1', shapes.DECODE['d1'], 'paged', 'forward', (128, 8), 'v5e')))
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, '-m', 'instruments.bench.attention', '--target=v5e', '--shapes=s9'],
+                          cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+    assert done.stderr.startswith("attention.py: ['s9'] is none of SHAPES=['s1', ")

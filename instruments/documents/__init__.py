@@ -1,0 +1,1 @@
+"""Keep the documents true: tables from committed rows, and every printed command run."""
