@@ -6,9 +6,9 @@
 A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is one of BLOCKS.  Figures are changed in the
 JSON files, by the tool that makes them where it writes JSON: kernels.json holds rows of instruments.bench.attention
 (rows.jsonl), plans.json rows of plan.py (--output), cpu_training.json those of instruments.bench.cpu_training
-(--output), results.json what evaluate.py counts (`total` and `correct` of evaluation.json).  Each of them says the
-command, the machine, the versions, the date and the commit; `notes` are findings in words.  easylm.json names the tests
-of the article's flags and requests; default and help of a flag are those of program/flags.py.
+(--output), results.json and tickets.json what evaluate.py counts (`total` and `correct` of evaluation.json).  Each of
+them says the command, the machine, the versions, the date and the commit; `notes` are findings in words.  easylm.json
+names the tests of the article's flags and requests; default and help of a flag are those of program/flags.py.
 
 tests/test_documents.py compares documents and rows.
 """
@@ -193,6 +193,7 @@ def read(name: str) -> dict:
 BLOCKS = {
     'results': lambda: results(read('results')) + origin(read('results')),
     'results_notes': lambda: notes(read('results')),
+    'tickets': lambda: results(read('tickets')) + origin(read('tickets')) + notes(read('tickets')),
     'summary': summary,
     'cpu_training': lambda: cpu_training(read('cpu_training')) + origin(read('cpu_training')) + notes(
         read('cpu_training')),
