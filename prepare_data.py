@@ -122,7 +122,7 @@ def class_counts(examples: list[Example], template: PromptTemplate) -> dict[str,
 
 
 def warnings(examples: list[Example], template: PromptTemplate) -> list[str]:
-    """What is suspicious about a sample: labels without examples, texts that come more than once."""
+    """Find what is suspicious about a sample: labels without examples, texts that come more than once."""
     found = []
     counts = class_counts(examples, template)
     present = [name for name, count in counts.items() if count]
