@@ -42,7 +42,8 @@ def main(flags) -> None:
     resumed = find_step(run)
 
     # ------------------------------------------------ model
-    model = open_model(settings.read_load(flags), settings.read_compute(flags))
+    load = settings.read_load(flags)
+    model = open_model(load, settings.read_compute(flags))
     print(describe(model), flush=True)
 
     # ------------------------------------------------ data
@@ -90,8 +91,8 @@ def main(flags) -> None:
         tqdm.write(f'saved {write(arrays, done, batches.state())}')
 
     schedule = loop.Schedule(start_step, total_steps, run.log_freq, (run.save_model_freq, run.save_milestone_freq))
-    step = CompiledStep(Setting(model.config, model.compute, hyper, accumulate, model.mesh), tqdm.write, wait_for_all,
-                        f'{dataset.flag}.batch_size')
+    step = CompiledStep(Setting(model.config, model.compute, hyper, accumulate, model.mesh, load.mesh_dim),
+                        tqdm.write, wait_for_all, f'{dataset.flag}.batch_size')
     state = loop.train(state, batches, step, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
                        save=save, evaluate=evaluate)
     save(state, total_steps)

@@ -16,8 +16,8 @@ def summary(plan: MeshPlan) -> list[str]:
     held = f'; {gib(plan.needed)} in all' + (f' of {gib(plan.usable)}' if plan.usable else '')
     kept = f' ({gib(plan.parts["activations"])} kept for the backward pass)' if 'activations' in plan.parts else ''
     lines = [f'  GiB a device: {parts}, temporaries {gib(plan.temporaries)}{kept}{held}']
-    if plan.wire_bytes is not None:
-        lines.append(f'  GB a device sends in a step, by mesh axis: {sent_by_axis(plan.wire_bytes) or "nothing"}')
+    if plan.wire_bytes:
+        lines.append(f'  GB a device sends in a step, by mesh axis: {sent_by_axis(plan.wire_bytes)}')
     if plan.estimate:
         least = max(plan.seconds, *plan.estimate.bounds.values())
         lines.append(f'  estimated, not measured: {plan.estimate.flops / 1e12:.3f} TFLOP a device, at least '
