@@ -1,7 +1,7 @@
 """Be the other side of cpu_training.py: a plain training loop of transformers and torch, in a process of its own.
 
 transformers' LlamaForCausalLM with random weights in float32, its default attention, its own loss; torch's fused AdamW
-(the default of transformers' Trainer) and clip_grad_norm_.  It imports nothing of this project: training/benchmark.py
+(the default of transformers' Trainer) and clip_grad_norm_.  It imports nothing of this project: cpu_training.py
 writes JSON lines to its stdin, first the work (config, records, ..), then {"steps": n}, and reads one line for each.
 """
 import json

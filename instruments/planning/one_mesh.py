@@ -16,7 +16,7 @@ temporaries, code.  `usable` is what libtpu lets programs use, asked of libtpu (
 v5e, 30.75 of 32 on v4, 95.74 on v5p, 31.25 of 32 on v6e.  A program that needs more is refused by the compiler, with
 both figures.
 
-Times are estimates (tpu/estimate.py), for choosing between meshes.  Next: search.py, compiled.py; program: plan.py.
+Times are estimates (instruments/tpu/estimate.py), for choosing between meshes.  Next: search.py, compiled.py; program: plan.py.
 """
 import dataclasses
 import math
@@ -167,7 +167,7 @@ def from_compiled(plan: MeshPlan, compiled: jax.stages.Compiled, mesh: Mesh, chi
                   seconds: float, text: str | None = None) -> MeshPlan:
     """Complete the plan of a compiled program that took `seconds` to compile; text: read in the place of its own.
 
-    Raises ValueError where the text cannot be read (tpu/hlo.py).
+    Raises ValueError where the text cannot be read (instruments/tpu/hlo.py).
     """
     memory, text = compiled.memory_analysis(), text or compiled.as_text()
     return with_verdict(dataclasses.replace(
