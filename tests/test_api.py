@@ -486,12 +486,12 @@ def test_an_open_address_is_warned_about(start, capsys, host, warns):
     ([], 'load_checkpoint is empty'),
     (['--load_checkpoint=x', '--tokenizer.vocab_file=y'], "'y' is not the tokenizer that load_checkpoint='x'"),
 ])
-def test_a_model_without_weights_or_with_a_foreign_tokenizer_is_refused(monkeypatch, arguments, message):
+def test_a_model_without_weights_or_with_a_foreign_tokenizer_is_refused(arguments, message):
     """A checkpoint that holds its tokenizer is served with that one."""
     own, given = SimpleNamespace(fingerprint='own'), SimpleNamespace(fingerprint='given')
-    monkeypatch.setattr(serve, 'read_tokenizer', lambda spec: own)
+    model = SimpleNamespace(tokenizer=given, source=SimpleNamespace(tokenizer=own))
     with pytest.raises(ValueError, match=message):
-        serve.load_engine(parse.parse(['serve.py', *arguments], flags.SERVE, ''), SimpleNamespace(tokenizer=given))
+        serve.load_engine(parse.parse(['serve.py', *arguments], flags.SERVE, ''), model)
 
 
 def test_the_program_serves_1066_prompts_and_ends_cleanly(golden, tmp_path):

@@ -323,8 +323,8 @@ def test_only_the_methods_of_a_request_can_be_named(store, method, monkeypatch):
 
 def test_processes_with_other_files_are_refused(monkeypatch):
     """Another tokenizer behind the same path would cut other batches: the processes would wait for each other."""
-    monkeypatch.setattr(serve, 'read_tokenizer', lambda spec: None)
     monkeypatch.setattr(processes, 'exchange', lambda text: [text, text.replace('own', 'other')])
-    model = SimpleNamespace(tokenizer=SimpleNamespace(fingerprint='own'), config='sizes')
+    model = SimpleNamespace(tokenizer=SimpleNamespace(fingerprint='own'), config='sizes',
+                            source=SimpleNamespace(tokenizer=None))
     with pytest.raises(ValueError, match='the tokenizer and the model is own sizes on process 0 and other sizes on'):
         serve.load_engine(parse.parse(['serve.py', '--load_checkpoint=x'], flags.SERVE, ''), model)

@@ -16,7 +16,7 @@ temporaries, code.  `usable` is what libtpu lets programs use, asked of libtpu (
 v5e, 30.75 of 32 on v4, 95.74 on v5p, 31.25 of 32 on v6e.  A program that needs more is refused by the compiler, with
 both figures.
 
-Times are estimates (instruments/tpu/estimate.py), for choosing between meshes.  Next: search.py, compiled.py; program: plan.py.
+Times are estimates (tpu/estimate.py in this room), for choosing between meshes.  Next: search.py, compiled.py.
 """
 import dataclasses
 import math
