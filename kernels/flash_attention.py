@@ -476,7 +476,7 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, segments_BT, scale, causal, tiles, interpre
         outputs=[(q_BHTD.shape, plan.dtype), ((B, H, 1, T), jnp.dtype(jnp.float32))],
         out_specs=[specs.query, specs.row],
         scratch=[(heads, 1, R), (heads, 1, R), (heads, D, R)] * (plan.n > 1), interpret=interpret)
-    o_BHTD, lse_BH1T = checkpoint_name(o_BHTD, 'o'), checkpoint_name(lse_BH1T, 'statistics')  # model/llama.py, SAVEABLE
+    o_BHTD, lse_BH1T = checkpoint_name(o_BHTD, 'o'), checkpoint_name(lse_BH1T, 'statistics')  # model/remat.py, SAVEABLE
     return o_BHTD.transpose(0, 2, 1, 3), (q_BHTD, k_BKSD, v_BKSD, o_BHTD, lse_BH1T, segments_BT)
 
 

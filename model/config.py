@@ -80,7 +80,7 @@ class Compute:
     attention: the implementation, by name (model/attention.py).
     reduce_gradients: dtype in which gradients are summed over devices; '' is that of `dtype`.
     remat_block, remat_attention, remat_mlp: what the backward pass keeps of a layer, of its attention and of its ffn,
-    by name (model/llama.py, remat_policy); '' recomputes nothing.
+    by name (model/remat.py); '' recomputes nothing.
     """
 
     dtype: str = 'fp32'

@@ -228,7 +228,7 @@ def _as_train_dataset(table: tuple[Flag, ...]) -> tuple[Flag, ...]:
 
 
 REMAT = ('', 'nothing_saveable', 'checkpoint_dots', 'checkpoint_dots_with_no_batch_dims', 'everything_saveable')
-REMAT_VALUES = f'one of {", ".join(REMAT[1:])}, or save:NAME,NAME to save what model/llama.py gives these names'
+REMAT_VALUES = f'one of {", ".join(REMAT[1:])}, or save:NAME,NAME to save the tensors of these names (model/remat.py)'
 NO_DROPOUT = ('there is no dropout: no LLaMA is trained with it, and it would hide in every kernel; use '
               '--optimizer.adamw_optimizer.weight_decay or fewer steps against overfitting')
 NO_FCM = 'forgetful causal masking (EasyLM for pretraining) is not built'

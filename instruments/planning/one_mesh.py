@@ -2,7 +2,7 @@
 
 Bytes are those of one device.  They come from three places:
 
-  parameters, optimizer   what the shardings of training/step.py's abstract_state put on a device, exactly; optimizer
+  parameters, optimizer   what the shardings of training/state.py's abstract_state put on a device, exactly; optimizer
                           holds the moments, the mean gradient of an accumulation and the counters
   activations             what the forward pass keeps for the backward pass, from tracing the loss: the leaves of its
                           vector-Jacobian product that are no weights.  It follows the remat policy, whichever it is:
