@@ -122,10 +122,8 @@ def _begin(temporary: Path, final: Path, step: int, arrays, files: dict[str, byt
     for name, content in files.items():
         (temporary / name).write_bytes(content)
     for name, array in arrays.items():
-        codec = dict(name='bytes', configuration=dict(endian='little')) if array.dtype.itemsize > 1 else \
-            dict(name='bytes')
         ts.open(_store_spec(temporary / 'arrays' / name) | dict(
-            metadata=dict(shape=list(array.shape), data_type=array.dtype.name, codecs=[codec],
+            metadata=dict(shape=list(array.shape), data_type=array.dtype.name, codecs=[dict(name='bytes')],
                           chunk_grid=dict(name='regular', configuration=dict(chunk_shape=_chunk_shape(array))))),
             create=True).result()
 
