@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What the labels are called.
+    """Names of the labels.
 
     names: as the model answers them, class 0 first.  numbers: what stands for each in the data, for example ('1', '2');
     empty: '0', '1', .., unless a name is a number itself.

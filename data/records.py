@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data.parallel import Workers
-from data.text_processor import TextProcessor, parse, tokenize
+from data.text_processor import TextProcessor, tokenize
 from mistake import Mistake
 
 MAX_LINE_BYTES = 1 << 24
@@ -24,16 +24,6 @@ class RawLine(NamedTuple):
     end: int
     index: int
     text: bytes
-    problem: str
-
-
-class ParsedLine(NamedTuple):
-    """A line: its bytes [start, end), its index (from 0), and its object or what is wrong (neither: an empty line)."""
-
-    start: int
-    end: int
-    index: int
-    example: dict | None
     problem: str
 
 
@@ -61,13 +51,6 @@ def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterat
             end = file.tell()
             yield RawLine(start, end, index, line.removeprefix(b'\xef\xbb\xbf') if start == 0 else line, problem)
             start, index = end, index + 1
-
-
-def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[ParsedLine]:
-    """Yield the lines of a file as `raw_lines` does, each parsed."""
-    for line in raw_lines(path, start, index):
-        example, problem = parse(line.text)
-        yield ParsedLine(line.start, line.end, line.index, example, line.problem or problem)
 
 
 class RecordReader:

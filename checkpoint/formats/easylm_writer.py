@@ -22,7 +22,7 @@ from model.config import LlamaConfig
 
 CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is cut
 LARGEST_VALUE = 2**32 - 1  # bytes that msgpack's bin can hold
-BIN, EXTENSION, FIXED_16 = 0xc4, 0xc7, b'\xd8'  # msgpack's marks; an extension of 16 bytes (a float32 scalar) has its own
+BIN, EXTENSION, FIXED_16 = 0xc4, 0xc7, b'\xd8'  # msgpack's marks; 16 bytes, a float32 scalar, have their own
 
 Tensor = Callable[[str, int | None], np.ndarray]  # our name of a weight, its layer (None: not stacked) -> the array
 
