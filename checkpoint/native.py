@@ -296,18 +296,17 @@ def _sound_manifest(path: Path) -> dict | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
         content = manifest['content']
-        sound = manifest['sha256'] == _sha256_of_json(content) and not any(
-            name.startswith('/') or '..' in name.split('/') for name in content['files'])
+        outside = any(name.startswith('/') or '..' in name.split('/') for name in content['files'])
+        return None if outside or manifest['sha256'] != _sha256_of_json(content) else content
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content if sound else None
 
 
 def _complete(path: Path) -> dict | None:
     """Return the manifest if it is sound and every file is there with its size."""
-    if (manifest := _sound_manifest(path)) is None:
-        return None
-    return manifest if all(_size(path / name) == entry['size'] for name, entry in manifest['files'].items()) else None
+    manifest = _sound_manifest(path)
+    whole = manifest and all(_size(path / name) == entry['size'] for name, entry in manifest['files'].items())
+    return manifest if whole else None
 
 
 def _verify(path: Path, manifest: dict, names) -> None:
@@ -315,11 +314,12 @@ def _verify(path: Path, manifest: dict, names) -> None:
     for name in names:
         entry, file = manifest['files'][name], path / name
         if (size := _size(file)) != entry['size']:
-            raise Mistake(f'{file} has {size} bytes instead of {entry["size"]}: the checkpoint is corrupt'
-                          + _other_steps(path))
-        if _sha256(file) != entry['sha256']:
-            raise Mistake(f'{file} does not have the sha256 of its manifest: the checkpoint is corrupt'
-                          + _other_steps(path))
+            problem = f'has {size} bytes instead of {entry["size"]}'
+        elif _sha256(file) != entry['sha256']:
+            problem = 'does not have the sha256 of its manifest'
+        else:
+            continue
+        raise Mistake(f'{file} {problem}: the checkpoint is corrupt' + _other_steps(path))
 
 
 def _other_steps(path: Path) -> str:
@@ -342,14 +342,13 @@ class Step:
         found = _newest(directory) if step is None else (step, _sound_manifest(step_directory(directory, step)))
         if found is None:
             broken = ' '.join(sorted(path.name for path in Path(directory).glob('step_*')))
-            raise Mistake(f'{str(directory)!r} holds no complete checkpoint'
-                          + (f'; incomplete: {broken}' if broken else ''))
+            raise Mistake(f'{str(directory)!r} holds no complete checkpoint' + (broken and f'; incomplete: {broken}'))
         self.number, self._manifest = found
         self.path = step_directory(directory, self.number)
-        if self._manifest is None and not self.path.is_dir():
-            raise Mistake(f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
         if self._manifest is None:
-            raise Mistake(f'{self.path / MANIFEST} is missing or corrupt' + _other_steps(self.path))
+            raise Mistake(f'{self.path / MANIFEST} is missing or corrupt' + _other_steps(self.path)
+                          if self.path.is_dir() else
+                          f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
         self.meta, self.files, self._stores = self._manifest['meta'], self._manifest['files'], {}
         self.arrays = {name: (tuple(entry['shape']), entry['dtype'])
                        for name, entry in self._manifest['arrays'].items()}
@@ -389,16 +388,11 @@ class Step:
         process reads are compared with their sha256 first.  Raises Mistake naming a corrupt file, or up to 10 arrays
         that are missing or differ.
         """
-        wrong = []
-        for name, target in targets.items():
-            want = f'{target.dtype.name}{list(target.shape)}'
-            shape, dtype = self.arrays.get(name, (None, None))
-            got = f'{dtype}{list(shape)}' if dtype else 'nothing'
-            if got != want:
-                wrong.append(f'{name} got {got} want {want}')
-        if wrong:
-            raise Mistake(f'{self.path} was saved by a model or optimizer of other sizes or dtypes: '
-                          + shortened(wrong))
+        stored = {name: f'{dtype}{list(shape)}' for name, (shape, dtype) in self.arrays.items()}
+        wanted = {name: f'{target.dtype.name}{list(target.shape)}' for name, target in targets.items()}
+        if wrong := [f'{name} got {stored.get(name, "nothing")} want {want}' for name, want in wanted.items()
+                     if stored.get(name) != want]:
+            raise Mistake(f'{self.path} was saved by a model or optimizer of other sizes or dtypes: {shortened(wrong)}')
         with self._reading():
             return {name: self._restore(name, target) for name, target in targets.items()}
 

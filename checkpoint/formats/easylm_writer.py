@@ -69,17 +69,14 @@ def gathered(arrays: dict[str, jax.Array], prefix: str) -> Tensor:
 
 def refuse_unsupported(config: LlamaConfig) -> None:
     """Raises Mistake that lists what EasyLM's model of August 2023 has no place for."""
-    wrong = []
-    if config.tie_word_embeddings:
-        wrong.append('tie_word_embeddings=True (its lm_head is a weight of its own)')
-    if config.num_key_value_heads != config.num_attention_heads:
-        wrong.append(f'num_key_value_heads={config.num_key_value_heads} (it has as many as query heads)')
-    if config.rope_theta != 10000:
-        wrong.append(f'rope_theta={config.rope_theta} (it has 10000)')
-    if config.rope_scaling:
-        wrong.append('rope_scaling (it has none)')
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        wrong.append(f'head_dim={config.head_dim} (it has hidden_size / num_attention_heads)')
+    wrong = [reason for unsupported, reason in (
+        (config.tie_word_embeddings, 'tie_word_embeddings=True (its lm_head is a weight of its own)'),
+        (config.num_key_value_heads != config.num_attention_heads,
+         f'num_key_value_heads={config.num_key_value_heads} (it has as many as query heads)'),
+        (config.rope_theta != 10000, f'rope_theta={config.rope_theta} (it has 10000)'),
+        (config.rope_scaling, 'rope_scaling (it has none)'),
+        (config.head_dim * config.num_attention_heads != config.hidden_size,
+         f'head_dim={config.head_dim} (it has hidden_size / num_attention_heads)')) if unsupported]
     if wrong:
         raise Mistake(f'EasyLM of August 2023 cannot compute this model: {"; ".join(wrong)}; write it as hf or as '
                          'our own checkpoint')
