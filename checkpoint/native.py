@@ -6,9 +6,8 @@
 
 Written to DIR/step_00000123.tmp-RANDOM, every file and directory synced, then renamed, then DIR synced: after a kill at
 any byte there is either no step_00000123 or all of it.  Older steps are deleted after that, each renamed to a tmp name
-first.  The newest checkpoint is found by looking: the highest step whose manifest is sound and whose files have their
-sizes; nothing points to it.  Whatever is restored is first compared with its sha256.  One run at a time writes.  Arrays
-are known by name here; what they mean is the caller's matter.
+first.  The newest checkpoint is the highest step whose manifest is sound and whose files have their sizes; nothing
+points to it.  Whatever is restored is first compared with its sha256.  One run at a time writes.
 
 A run of several processes (hosts/processes.py) writes one step together, on a file system that all see: process 0
 makes the temporary directory and the stores; each process writes, syncs and hashes the shards it holds (of replicas,
@@ -109,7 +108,13 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
 def _begin(temporary: Path, final: Path, step: int, arrays, files: dict[str, bytes]) -> None:
     """Process 0: the temporary directory with the caller's files and an empty store for every array."""
     root = temporary.parent
-    _refuse_existing(final, step)
+    if final.exists() and (manifest := _complete(final)) is not None:  # never replaced, unless it cannot be loaded
+        try:
+            _verify(final, manifest, manifest['files'])
+        except ValueError as error:
+            _log.warning('replacing a checkpoint that cannot be loaded: %s', error)
+        else:
+            raise Mistake(f'{final} exists already: step {step} is not saved over it; choose another directory')
     root.mkdir(parents=True, exist_ok=True)
     sync(root.parent)
     for leftover in sorted(root.glob('step_*.tmp-*')):
@@ -126,17 +131,6 @@ def _begin(temporary: Path, final: Path, step: int, arrays, files: dict[str, byt
             metadata=dict(shape=list(array.shape), data_type=array.dtype.name, codecs=[dict(name='bytes')],
                           chunk_grid=dict(name='regular', configuration=dict(chunk_shape=_chunk_shape(array))))),
             create=True).result()
-
-
-def _refuse_existing(final: Path, step: int) -> None:
-    """A sound checkpoint is never replaced; one that cannot be loaded may be."""
-    if final.exists() and (manifest := _complete(final)) is not None:
-        try:
-            _verify(final, manifest, manifest['files'])
-        except ValueError as error:
-            _log.warning('replacing a checkpoint that cannot be loaded: %s', error)
-            return
-        raise Mistake(f'{final} exists already: step {step} is not saved over it; choose another directory')
 
 
 def _write_shards(temporary: Path, arrays, files: dict[str, bytes]) -> dict[str, dict]:
@@ -180,7 +174,7 @@ def _commit(temporary: Path, final: Path, step: int, arrays, meta: dict, sealed:
     for folder in sorted((folder for folder in temporary.rglob('*') if folder.is_dir()), reverse=True):
         sync(folder)
     sync(temporary)
-    if final.exists():  # incomplete or corrupt, as _refuse_existing found: nothing is lost
+    if final.exists():  # incomplete or corrupt, as _begin found: nothing is lost
         os.rename(final, temporary.parent / f'{final.name}.tmp-{secrets.token_hex(4)}')
     os.rename(temporary, final)
     sync(final.parent)

@@ -59,7 +59,8 @@ class Workers:
         ahead = max(len(self._processes), batch_size // chunk_size)
         try:
             while chunk := list(islice(lines, chunk_size)):
-                pending.append((chunk, self._submit(chunk)))
+                header, body = {'lengths': [len(line.text) for line in chunk]}, b''.join(line.text for line in chunk)
+                pending.append((chunk, self._threads.submit(_ask_idle, self._idle, header, body)))
                 if len(pending) == ahead:
                     yield from _answered(*pending.popleft())
             while pending:
@@ -67,10 +68,6 @@ class Workers:
         finally:
             for _, future in pending:
                 future.cancel()
-
-    def _submit(self, chunk: list) -> Future:
-        header, body = {'lengths': [len(line.text) for line in chunk]}, b''.join(line.text for line in chunk)
-        return self._threads.submit(_ask_idle, self._idle, header, body)
 
 
 def _answered(chunk: list, future: Future) -> Iterator[tuple]:

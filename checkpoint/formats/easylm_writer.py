@@ -14,8 +14,7 @@ import numpy as np
 
 from checkpoint.formats.easylm import NAMES
 from checkpoint.formats.easylm_train_state import layout
-from checkpoint.formats.reading import tensors_of
-from checkpoint.formats.rotary_order import interleaved_from_half_split
+from checkpoint.formats.reading import interleaved_from_half_split, tensors_of
 from checkpoint.writing import appears_whole, rounded
 from mistake import Mistake
 from model.config import LlamaConfig
