@@ -53,10 +53,10 @@ class Reader:
         if not self.path.is_dir():
             raise Mistake(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
         self.config, self.notes = read_config(self.path / 'config.json')
-        self._shards, self._shard_of, self._offset_of = {}, {}, {}
+        self._tensors = {}  # their name -> (file, dtype as the format names it, shape, offset of the data)
         for file in _weight_files(self.path):
             self._open(file)
-        self.names = {name for name in self._shard_of if not name.endswith('rotary_emb.inv_freq')}
+        self.names = {name for name in self._tensors if not name.endswith('rotary_emb.inv_freq')}
         if self.config.tie_word_embeddings:
             self.names.discard('lm_head.weight')  # a copy of the embedding, which transformers ignores too
 
@@ -64,18 +64,17 @@ class Reader:
         path = self.path / file
         refuse_placeholder(path)
         try:
-            shard = safe_open(path, framework='np')
+            safe_open(path, framework='np')
         except SafetensorError as error:
             raise Mistake(f'{path} is not a whole safetensors file ({error}): download it again') from None
-        self._shards[file] = shard
         with open(path, 'rb') as opened:
             length = int.from_bytes(opened.read(8), 'little')
             header = json.loads(opened.read(length))
-        for name in shard.keys():
-            if name in self._shard_of:
-                raise Mistake(f'{path}: tensor {name!r} lies in {self._shard_of[name]!r} too')
-            self._shard_of[name] = file
-            self._offset_of[name] = 8 + length + header[name]['data_offsets'][0]
+        header.pop('__metadata__', None)
+        for name, entry in header.items():
+            if name in self._tensors:
+                raise Mistake(f'{path}: tensor {name!r} lies in {self._tensors[name][0].name!r} too')
+            self._tensors[name] = path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
 
     def source(self, name: str, layer: int | None) -> str:
         """The file's own name of our tensor, for messages and for `names`."""
@@ -84,9 +83,9 @@ class Reader:
     def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
         """The shape `tensor` would return, from the header alone; None if the directory has no such tensor."""
         source = self.source(name, layer)
-        if source not in self._shard_of:
+        if source not in self._tensors:
             return None
-        shape = tuple(self._shards[self._shard_of[source]].get_slice(source).get_shape())
+        shape = self._tensors[source][2]
         return shape[::-1] if NAMES[name][1] else shape
 
     def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
@@ -95,15 +94,14 @@ class Reader:
         Raises Mistake naming a missing tensor or an unsupported dtype.
         """
         source, is_transposed = self.source(name, layer), NAMES[name][1]
-        if source not in self._shard_of:
+        if source not in self._tensors:
             raise Mistake(f'{self.path}: no tensor {source!r}')
-        stated = self._shards[self._shard_of[source]].get_slice(source)
-        dtype, shape = stated.get_dtype(), stated.get_shape()
+        file, dtype, shape, offset = self._tensors[source]
         if dtype not in DTYPES:
-            raise Mistake(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
+            raise Mistake(f'{file}: {source!r} has dtype {dtype}; '
                              f'supported: {" ".join(DTYPES)} (quantised models are read from gguf:: files)')
-        array = read_part(self.path / self._shard_of[source], DTYPES[dtype], tuple(shape), self._offset_of[source],
-                          transposed(bounds) if is_transposed else bounds).astype(np.float32, copy=False)
+        bounds = transposed(bounds) if is_transposed else bounds
+        array = read_part(file, DTYPES[dtype], shape, offset, bounds).astype(np.float32, copy=False)
         return array.T if is_transposed else array
 
 
