@@ -8,10 +8,9 @@
 
 A reader has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer, bounds): one tensor
 of one layer, or the part of it within `bounds`, (start, stop) per dimension.  All shapes are compared before anything
-is allocated; then the slices that this process's devices hold are read one after the other, and each is put on its
-devices at once (shards.py).  So a host needs `host_bytes` beside the result, four slices of one tensor; flax_params::
-alone is no stream and read whole.  Pickle files are never opened, those beside a checkpoint (EasyLM's metadata.pkl)
-neither.
+is allocated; then the slices that this process's devices hold are read and put on them one after the other (shards.py).
+So a host needs `host_bytes` beside the result; flax_params:: alone is no stream and read whole.  Pickle files are never
+opened.
 """
 import difflib
 import functools

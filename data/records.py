@@ -56,11 +56,9 @@ def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterat
 class RecordReader:
     """Reads the records of a JSON-lines file, in file order, with one policy for bad lines.
 
-    flag: where the options stand on the command line, for messages ('train_dataset.json_dataset').
-    skipped_lines: how many bad lines were passed over, in all passes; problems: the first ten of them, with file:line.
-    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, with the same
-    records, errors and counts.  chunk_size: lines that a process gets at a time.  batch_size: most lines read ahead (or
-    a chunk for each process, if that is more).
+    flag: where the options stand on the command line, for messages.  skipped_lines: number of bad lines, in all passes;
+    problems: the first ten of them, with file:line.  processes: 1 tokenizes here, more in that many processes, with the
+    same records, errors and counts.  chunk_size, batch_size: as in Workers.outcomes.
     """
 
     positions_are_bytes = True  # start and end of a Record

@@ -43,8 +43,7 @@ DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 class Reader:
     """A directory opened for reading; tensors, or parts of them, are read from disk when asked for.
 
-    config: LlamaConfig.  notes: what the caller may want to log (for example several eos ids).
-    names: all tensors of the directory, by the file's names.
+    config: LlamaConfig.  notes: for the log (several eos ids).  names: all tensors, by the file's names.
     Raises Mistake for a directory without safetensors, broken files and unsupported architectures.
     """
 
