@@ -6,9 +6,8 @@
 
 Written to DIR/step_00000123.tmp-RANDOM, every file and directory synced, then renamed, then DIR synced: after a kill at
 any byte there is either no step_00000123 or all of it.  Older steps are deleted after that, each renamed to a tmp name
-first.  The newest checkpoint is found by looking: the highest step whose manifest is sound and whose files have their
-sizes; nothing points to it.  Whatever is restored is first compared with its sha256.  One run at a time writes.  Arrays
-are known by name here; what they mean is the caller's matter.
+first.  The newest checkpoint is the highest step whose manifest is sound and whose files have their sizes; nothing
+points to it.  Whatever is restored is first compared with its sha256.  One run at a time writes.
 
 A run of several processes (hosts/processes.py) writes one step together, on a file system that all see: process 0
 makes the temporary directory and the stores; each process writes, syncs and hashes the shards it holds (of replicas,
@@ -109,7 +108,13 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
 def _begin(temporary: Path, final: Path, step: int, arrays, files: dict[str, bytes]) -> None:
     """Process 0: the temporary directory with the caller's files and an empty store for every array."""
     root = temporary.parent
-    _refuse_existing(final, step)
+    if final.exists() and (manifest := _complete(final)) is not None:  # never replaced, unless it cannot be loaded
+        try:
+            _verify(final, manifest, manifest['files'])
+        except ValueError as error:
+            _log.warning('replacing a checkpoint that cannot be loaded: %s', error)
+        else:
+            raise Mistake(f'{final} exists already: step {step} is not saved over it; choose another directory')
     root.mkdir(parents=True, exist_ok=True)
     sync(root.parent)
     for leftover in sorted(root.glob('step_*.tmp-*')):
@@ -122,23 +127,10 @@ def _begin(temporary: Path, final: Path, step: int, arrays, files: dict[str, byt
     for name, content in files.items():
         (temporary / name).write_bytes(content)
     for name, array in arrays.items():
-        codec = dict(name='bytes', configuration=dict(endian='little')) if array.dtype.itemsize > 1 else \
-            dict(name='bytes')
         ts.open(_store_spec(temporary / 'arrays' / name) | dict(
-            metadata=dict(shape=list(array.shape), data_type=array.dtype.name, codecs=[codec],
+            metadata=dict(shape=list(array.shape), data_type=array.dtype.name, codecs=[dict(name='bytes')],
                           chunk_grid=dict(name='regular', configuration=dict(chunk_shape=_chunk_shape(array))))),
             create=True).result()
-
-
-def _refuse_existing(final: Path, step: int) -> None:
-    """A sound checkpoint is never replaced; one that cannot be loaded may be."""
-    if final.exists() and (manifest := _complete(final)) is not None:
-        try:
-            _verify(final, manifest, manifest['files'])
-        except ValueError as error:
-            _log.warning('replacing a checkpoint that cannot be loaded: %s', error)
-            return
-        raise Mistake(f'{final} exists already: step {step} is not saved over it; choose another directory')
 
 
 def _write_shards(temporary: Path, arrays, files: dict[str, bytes]) -> dict[str, dict]:
@@ -182,7 +174,7 @@ def _commit(temporary: Path, final: Path, step: int, arrays, meta: dict, sealed:
     for folder in sorted((folder for folder in temporary.rglob('*') if folder.is_dir()), reverse=True):
         sync(folder)
     sync(temporary)
-    if final.exists():  # incomplete or corrupt, as _refuse_existing found: nothing is lost
+    if final.exists():  # incomplete or corrupt, as _begin found: nothing is lost
         os.rename(final, temporary.parent / f'{final.name}.tmp-{secrets.token_hex(4)}')
     os.rename(temporary, final)
     sync(final.parent)
@@ -298,18 +290,17 @@ def _sound_manifest(path: Path) -> dict | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
         content = manifest['content']
-        sound = manifest['sha256'] == _sha256_of_json(content) and not any(
-            name.startswith('/') or '..' in name.split('/') for name in content['files'])
+        outside = any(name.startswith('/') or '..' in name.split('/') for name in content['files'])
+        return None if outside or manifest['sha256'] != _sha256_of_json(content) else content
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content if sound else None
 
 
 def _complete(path: Path) -> dict | None:
     """Return the manifest if it is sound and every file is there with its size."""
-    if (manifest := _sound_manifest(path)) is None:
-        return None
-    return manifest if all(_size(path / name) == entry['size'] for name, entry in manifest['files'].items()) else None
+    manifest = _sound_manifest(path)
+    whole = manifest and all(_size(path / name) == entry['size'] for name, entry in manifest['files'].items())
+    return manifest if whole else None
 
 
 def _verify(path: Path, manifest: dict, names) -> None:
@@ -317,11 +308,12 @@ def _verify(path: Path, manifest: dict, names) -> None:
     for name in names:
         entry, file = manifest['files'][name], path / name
         if (size := _size(file)) != entry['size']:
-            raise Mistake(f'{file} has {size} bytes instead of {entry["size"]}: the checkpoint is corrupt'
-                          + _other_steps(path))
-        if _sha256(file) != entry['sha256']:
-            raise Mistake(f'{file} does not have the sha256 of its manifest: the checkpoint is corrupt'
-                          + _other_steps(path))
+            problem = f'has {size} bytes instead of {entry["size"]}'
+        elif _sha256(file) != entry['sha256']:
+            problem = 'does not have the sha256 of its manifest'
+        else:
+            continue
+        raise Mistake(f'{file} {problem}: the checkpoint is corrupt' + _other_steps(path))
 
 
 def _other_steps(path: Path) -> str:
@@ -344,14 +336,13 @@ class Step:
         found = _newest(directory) if step is None else (step, _sound_manifest(step_directory(directory, step)))
         if found is None:
             broken = ' '.join(sorted(path.name for path in Path(directory).glob('step_*')))
-            raise Mistake(f'{str(directory)!r} holds no complete checkpoint'
-                          + (f'; incomplete: {broken}' if broken else ''))
+            raise Mistake(f'{str(directory)!r} holds no complete checkpoint' + (broken and f'; incomplete: {broken}'))
         self.number, self._manifest = found
         self.path = step_directory(directory, self.number)
-        if self._manifest is None and not self.path.is_dir():
-            raise Mistake(f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
         if self._manifest is None:
-            raise Mistake(f'{self.path / MANIFEST} is missing or corrupt' + _other_steps(self.path))
+            raise Mistake(f'{self.path / MANIFEST} is missing or corrupt' + _other_steps(self.path)
+                          if self.path.is_dir() else
+                          f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
         self.meta, self.files, self._stores = self._manifest['meta'], self._manifest['files'], {}
         self.arrays = {name: (tuple(entry['shape']), entry['dtype'])
                        for name, entry in self._manifest['arrays'].items()}
@@ -391,16 +382,11 @@ class Step:
         process reads are compared with their sha256 first.  Raises Mistake naming a corrupt file, or up to 10 arrays
         that are missing or differ.
         """
-        wrong = []
-        for name, target in targets.items():
-            want = f'{target.dtype.name}{list(target.shape)}'
-            shape, dtype = self.arrays.get(name, (None, None))
-            got = f'{dtype}{list(shape)}' if dtype else 'nothing'
-            if got != want:
-                wrong.append(f'{name} got {got} want {want}')
-        if wrong:
-            raise Mistake(f'{self.path} was saved by a model or optimizer of other sizes or dtypes: '
-                          + shortened(wrong))
+        stored = {name: f'{dtype}{list(shape)}' for name, (shape, dtype) in self.arrays.items()}
+        wanted = {name: f'{target.dtype.name}{list(target.shape)}' for name, target in targets.items()}
+        if wrong := [f'{name} got {stored.get(name, "nothing")} want {want}' for name, want in wanted.items()
+                     if stored.get(name) != want]:
+            raise Mistake(f'{self.path} was saved by a model or optimizer of other sizes or dtypes: {shortened(wrong)}')
         with self._reading():
             return {name: self._restore(name, target) for name, target in targets.items()}
 

@@ -8,14 +8,12 @@
 
 A reader has config, notes, names, source(name, layer), shape(name, layer) and tensor(name, layer, bounds): one tensor
 of one layer, or the part of it within `bounds`, (start, stop) per dimension.  All shapes are compared before anything
-is allocated; then the slices that this process's devices hold are read one after the other, and each is put on its
-devices at once (shards.py).  So a host needs `host_bytes` beside the result, four slices of one tensor; flax_params::
-alone is no stream and read whole.  Pickle files are never opened, those beside a checkpoint (EasyLM's metadata.pkl)
-neither.
+is allocated; then the slices that this process's devices hold are read and put on them one after the other (shards.py).
+So a host needs `host_bytes` beside the result; flax_params:: alone is no stream and read whole.  Pickle files are never
+opened.
 """
 import difflib
 import functools
-import json
 import logging
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from jax.sharding import Mesh
 from checkpoint import native, shards
 from checkpoint.formats.reading import tensors_of
 from data.prompt import PromptTemplate
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes, tokenizer_from_json
+from data.tokenizer import Tokenizer, load_tokenizer, read_object, tokenizer_from_bytes, tokenizer_from_json
 from hosts import processes
 from mistake import Mistake
 from model.config import LlamaConfig, config_from_dict, config_to_dict
@@ -93,7 +91,7 @@ class Source:
             return self._reader.add_bos_token
         stated = Path(self.path) / 'tokenizer_config.json'
         if self.kind == 'hf' and stated.is_file():
-            value = json.loads(stated.read_text(encoding='utf-8')).get('add_bos_token')
+            value = read_object(stated).get('add_bos_token')
             return value if isinstance(value, bool) else None
         return self._meta('add_bos_token')
 
@@ -101,7 +99,7 @@ class Source:
     def step(self) -> int:
         """Return the step at which the weights were saved: micro-steps done, 0 where the file states none."""
         if self.kind == 'trainstate':
-            reader = self._reader
+            reader = self._reader  # first: without the extra `formats` it says so
             from checkpoint.formats.easylm_train_state import read_step
             return read_step(reader)
         return self.native.number if self.native else 0
@@ -136,8 +134,8 @@ class Source:
         accumulated = any(name.startswith('mean_gradient.') for name in targets)
         state = TrainStateReader(self._reader, parameter_scale, accumulated)
         specs = {spec.name: spec for spec in jax.tree.leaves(weight_specs(config))}
-        readers = {what: state.tree(what) for what in
-                   sorted({name.partition('.')[0] for name in targets} - {'optimizer'})}
+        trees = {name.partition('.')[0] for name in targets} - {'optimizer'}
+        readers = {what: state.tree(what) for what in sorted(trees)}
         for reader in readers.values():
             self._compare(reader, config)
         arrays = {}

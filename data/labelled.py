@@ -84,17 +84,15 @@ def read_labelled(path: str | os.PathLike, split: str = '', text_column: str = '
     with the file and line (or row) for a row without text or label, or with a label that is none of `labels`, unless
     `skip_bad_rows`; and names the flag for a bad path.
     """
-    found, skipped, columns = [], [], (text_column, label_column)
-    files = labelled_files(path, split)
+    found, skipped, files = [], [], labelled_files(path, split)
+    columns = find_columns(files[0], text_column, label_column)
 
     def bad(place: str, problem: str) -> None:
         if not skip_bad_rows:
             raise Mistake(f'{place}: {problem} (prepare_data.py --skip_bad_rows=True skips and counts such rows)')
         skipped.append(f'{place}: {problem}')
 
-    for number, file in enumerate(files):
-        if number == 0:
-            columns = find_columns(file, text_column, label_column)
+    for file in files:
         for place, row in rows(file, columns):
             text, label, problem = _text_and_label(row, *columns)
             if problem:

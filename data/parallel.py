@@ -1,12 +1,10 @@
 """Tokenize in worker processes: the same results as in one process, in the order of the lines.
 
-A worker is this file run as a program (`python -m data.parallel`).  It is told the tokenizer and the text settings
-once and then answers chunk after chunk of lines.  It is neither a fork (JAX has threads) nor one of multiprocessing's
-(whose start imports the main program, JAX with it, and which pickles).  It ends when its input ends, so when the
-program that started it ends, however that happens.
+A worker is this file run as a program: told the tokenizer and the text settings once, it answers chunks of lines until
+its input ends.  It is neither a fork (JAX has threads) nor one of multiprocessing's (which import the main program, and
+pickle).  A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.
 
-A frame, both ways, is a line of JSON and then as many bytes as its 'bytes' says.  Neighbours: text_processor.py below,
-records.py above.
+Neighbours: text_processor.py below, records.py above.
 """
 import contextlib
 import json
@@ -59,7 +57,8 @@ class Workers:
         ahead = max(len(self._processes), batch_size // chunk_size)
         try:
             while chunk := list(islice(lines, chunk_size)):
-                pending.append((chunk, self._submit(chunk)))
+                header, body = {'lengths': [len(line.text) for line in chunk]}, b''.join(line.text for line in chunk)
+                pending.append((chunk, self._threads.submit(_ask_idle, self._idle, header, body)))
                 if len(pending) == ahead:
                     yield from _answered(*pending.popleft())
             while pending:
@@ -67,10 +66,6 @@ class Workers:
         finally:
             for _, future in pending:
                 future.cancel()
-
-    def _submit(self, chunk: list) -> Future:
-        header, body = {'lengths': [len(line.text) for line in chunk]}, b''.join(line.text for line in chunk)
-        return self._threads.submit(_ask_idle, self._idle, header, body)
 
 
 def _answered(chunk: list, future: Future) -> Iterator[tuple]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from data.parallel import Workers
-from data.text_processor import TextProcessor, parse, tokenize
+from data.text_processor import TextProcessor, tokenize
 from mistake import Mistake
 
 MAX_LINE_BYTES = 1 << 24
@@ -24,16 +24,6 @@ class RawLine(NamedTuple):
     end: int
     index: int
     text: bytes
-    problem: str
-
-
-class ParsedLine(NamedTuple):
-    """A line: its bytes [start, end), its index (from 0), and its object or what is wrong (neither: an empty line)."""
-
-    start: int
-    end: int
-    index: int
-    example: dict | None
     problem: str
 
 
@@ -63,21 +53,12 @@ def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterat
             start, index = end, index + 1
 
 
-def json_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[ParsedLine]:
-    """Yield the lines of a file as `raw_lines` does, each parsed."""
-    for line in raw_lines(path, start, index):
-        example, problem = parse(line.text)
-        yield ParsedLine(line.start, line.end, line.index, example, line.problem or problem)
-
-
 class RecordReader:
     """Reads the records of a JSON-lines file, in file order, with one policy for bad lines.
 
-    flag: where the options stand on the command line, for messages ('train_dataset.json_dataset').
-    skipped_lines: how many bad lines were passed over, in all passes; problems: the first ten of them, with file:line.
-    processes: 1 tokenizes here; more start that many processes at the first record, for all passes, with the same
-    records, errors and counts.  chunk_size: lines that a process gets at a time.  batch_size: most lines read ahead (or
-    a chunk for each process, if that is more).
+    flag: where the options stand on the command line, for messages.  skipped_lines: number of bad lines, in all passes;
+    problems: the first ten of them, with file:line.  processes: 1 tokenizes here, more in that many processes, with the
+    same records, errors and counts.  chunk_size, batch_size: as in Workers.outcomes.
     """
 
     positions_are_bytes = True  # start and end of a Record

@@ -18,7 +18,7 @@ class RowBatches:
 
     A row reads tokens[:-1] of its record and predicts tokens[1:].  Lengths T are `bucket_lengths` (default: 32, 40,
     48, 56, 64, 80, .. up to seq_length) and P(T) is a function of T, so the number of different shapes, each one
-    compilation, is at most that of the buckets; `shapes` lists them.  An epoch is a permutation by (seed, epoch):
+    compilation, is at most that of the buckets (`shapes`).  An epoch is a permutation by (seed, epoch):
     each bucket's rows in that order form full batches, what remains joins the next longer bucket, and the last batch
     is filled up with rows of weight 0; then the batches are shuffled.  So every record comes exactly once an epoch,
     in ceil(n / batch_size) batches.

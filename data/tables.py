@@ -14,7 +14,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.records import json_lines
+from data.records import raw_lines
+from data.text_processor import parse
 from mistake import Mistake
 
 
@@ -69,11 +70,12 @@ def _text(file: Path) -> str:
 
 
 def _json_line_rows(file: Path):
-    for line in json_lines(file):
-        if line.problem:
-            raise Mistake(f'{file}:{line.index + 1}: {line.problem}')
-        if line.example is not None:
-            yield f'{file}:{line.index + 1}', line.example
+    for line in raw_lines(file):
+        place, (example, problem) = f'{file}:{line.index + 1}', parse(line.text)
+        if line.problem or problem:
+            raise Mistake(f'{place}: {line.problem or problem}')
+        if example is not None:
+            yield place, example
 
 
 def _json_rows(file: Path):

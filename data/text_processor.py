@@ -99,14 +99,10 @@ class TextProcessor:
         return self.tokenizer.encode(self.prepend_text + text if first else text)
 
     def _special(self, field: str) -> int:
-        name = field[2:-2]
-        if name == 'bos':
-            return self.tokenizer.bos_token_id
-        if name == 'eos':
-            return self.tokenizer.eos_token_id
-        if not (name.isascii() and name.isdigit()):
+        name, roles = field[2:-2], {'bos': self.tokenizer.bos_token_id, 'eos': self.tokenizer.eos_token_id}
+        if name not in roles and not (name.isascii() and name.isdigit()):
             raise Mistake(f'{field=} is no token: write <|bos|>, <|eos|> or an id like <|17|>')
-        return int(name)
+        return roles[name] if name in roles else int(name)
 
     def _known(self, field: str, tokens: list[int]) -> list[int]:
         for token in tokens:

@@ -69,7 +69,7 @@ def load_tokenizer(path) -> Tokenizer:
     text, named, model_dir = _read_text(path), {}, path.parent
     sources = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json', 'config.json'
     for source in filter(Path.is_file, map(model_dir.joinpath, sources)):
-        values = _read_object(source)
+        values = read_object(source)
         for role in ('bos', 'eos', 'pad'):
             token = values.get(f'{role}_token', values.get(f'{role}_token_id'))
             if role not in named and token is not None:
@@ -135,7 +135,8 @@ def _read_text(path: Path) -> str:
         raise Mistake(f'{path}: invalid UTF-8: {error}') from None
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+    """Read a JSON file that holds an object.  Raises Mistake naming the file for any other."""
     try:
         values = json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:

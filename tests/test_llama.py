@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 import checkpoint
 from checkpoint.formats import easylm
-from checkpoint.formats.rotary_order import half_split_from_interleaved
+from checkpoint.formats.reading import half_split_from_interleaved
 from model import llama, loss
 from model.config import MODELS, Compute, LlamaConfig
 from model.partition import BATCH, make_mesh

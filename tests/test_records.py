@@ -1,11 +1,10 @@
 """Files of records: places, bad lines, and what a line may look like."""
-import json
 from pathlib import Path
 
 import pytest
 
 from data import records
-from data.records import RecordReader, json_lines
+from data.records import RecordReader, raw_lines
 from data.text_processor import TextProcessor
 from data.tokenizer import load_tokenizer
 
@@ -70,17 +69,17 @@ def test_overlong_line_is_bad_and_never_in_memory_whole(tmp_path, monkeypatch):
     """The line ends where the next begins; what was read of it is bounded."""
     monkeypatch.setattr(records, 'MAX_LINE_BYTES', 64)
     path = lines_file(tmp_path, GOOD, b'{"text": "' + b'x' * 1000 + b'"}', GOOD)
-    lines = list(json_lines(path))
+    lines = list(raw_lines(path))
     assert [bool(line.problem) for line in lines] == [False, True, False]
-    assert 'longer than 64 bytes' in lines[1].problem and lines[2].example == json.loads(GOOD)
+    assert 'longer than 64 bytes' in lines[1].problem and lines[2].text == GOOD + b'\n'
 
 
 def test_a_line_can_be_found_again_by_its_place(tmp_path):
     """Reading from (start, index) of a line gives that line and the rest."""
     path = lines_file(tmp_path, GOOD, b'', '{"text": "caf\u00e9"}'.encode(), GOOD)
-    lines = list(json_lines(path))
+    lines = list(raw_lines(path))
     for i, line in enumerate(lines):
-        assert list(json_lines(path, line.start, line.index)) == lines[i:]
+        assert list(raw_lines(path, line.start, line.index)) == lines[i:]
 
 
 def test_missing_file_names_the_flag(tmp_path):

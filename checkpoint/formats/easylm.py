@@ -57,14 +57,6 @@ class Entry(NamedTuple):
     length: int
 
 
-class Header(NamedTuple):
-    """An array in a file: its data begin at byte `offset`."""
-
-    shape: tuple[int, ...]
-    dtype: type
-    offset: int
-
-
 class Reader:
     """An EasyLM file of one `kind` (see ROOTS), opened for reading.
 
@@ -80,11 +72,9 @@ class Reader:
         if self.path.is_dir():
             raise Mistake(f'{path} is a directory: name the file in it, such as {self.path / "streaming_params"}')
         refuse_placeholder(self.path)
-        if kind == 'flax_params':
-            self._arrays, self._entries = _read_blob(self.path), {}
-        else:
-            self._arrays, self._entries = {}, index(self.path)
-        self.keys = set(self._arrays) | set(self._entries)
+        self._arrays = _read_blob(self.path) if kind == 'flax_params' else {}
+        self._entries = {} if kind == 'flax_params' else index(self.path)
+        self.keys = self._arrays.keys() | self._entries.keys()
         self._set_root(ROOTS[kind])
         if kind.startswith('trainstate') and not self.names:
             raise Mistake(f'{self.path} holds no train state (no key under params/params): use params::')
@@ -111,10 +101,8 @@ class Reader:
         source = self.source(name, layer)
         if source not in self.names:
             return None
-        if self._entries:
-            shape = _read_shape(self.path, self._entries[self._root + source])
-        else:
-            shape = self._arrays[source].shape
+        header = _read_header(self.path, self._entries[self._root + source]) if self._entries else None
+        shape = header[1] if header else self.array(self._root + source).shape  # one in chunks is read for it
         return shape[::-1] if name == 'head' else shape
 
     def array(self, key: str, bounds: Bounds = None) -> np.ndarray:
@@ -174,29 +162,22 @@ def _bin_length(file) -> int:
     return int.from_bytes(file.read(width), 'big')
 
 
-def _read(path: Path, entry: Entry, most: int | None = None) -> bytes:
+def _read(path: Path, entry: Entry, most: int) -> bytes:
     with open(path, 'rb') as file:
         file.seek(entry.offset)
-        return file.read(entry.length if most is None else min(most, entry.length))
-
-
-def _read_shape(path: Path, entry: Entry) -> tuple[int, ...]:
-    """The shape of a value; of an ordinary array from its first bytes, of a chunked one by reading it."""
-    header = _read_header(path, entry)
-    return header.shape if header else _read_array(path, entry).shape
+        return file.read(min(most, entry.length))
 
 
 def _read_array(path: Path, entry: Entry, bounds: Bounds = None) -> np.ndarray:
     """The array of a value: the part that is wanted straight from the file; one in chunks is unpacked as a whole."""
     header = _read_header(path, entry)
-    if header is None:
-        return _array(path, _unpack(path, _read(path, entry)))[slices(bounds)]
-    return read_part(path, header.dtype, header.shape, header.offset, bounds)
+    return read_part(path, *header, bounds) if header else \
+        _array(path, _unpack(path, _read(path, entry, entry.length)))[slices(bounds)]
 
 
-def _read_header(path: Path, entry: Entry) -> Header | None:
-    """That of an ordinary array; None for a value of another kind."""
-    head = _read(path, entry, most=128)
+def _read_header(path: Path, entry: Entry) -> tuple[type, tuple[int, ...], int] | None:
+    """(dtype, shape, offset of the data in the file) of an ordinary array; None for a value of another kind."""
+    head = _read(path, entry, 128)
     start = {0xc7: 3, 0xc8: 4, 0xc9: 6}.get(head[0], 2 if 0xd4 <= head[0] <= 0xd8 else None) if head else None
     if start is None:
         return None
@@ -214,7 +195,7 @@ def _read_header(path: Path, entry: Entry) -> Header | None:
             raise Mistake(f'{length} bytes are no {np.dtype(dtype).name}{list(shape)}')
     except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
         raise Mistake(f'{path} at byte {entry.offset}: no array as flax writes it ({error})') from None
-    return Header(shape, dtype, entry.offset + data.tell())
+    return dtype, shape, entry.offset + data.tell()
 
 
 def _dtype(name) -> type:

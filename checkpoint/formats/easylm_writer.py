@@ -14,14 +14,14 @@ import numpy as np
 
 from checkpoint.formats.easylm import NAMES
 from checkpoint.formats.easylm_train_state import layout
-from checkpoint.formats.reading import tensors_of
-from checkpoint.formats.rotary_order import interleaved_from_half_split
+from checkpoint.formats.reading import interleaved_from_half_split, tensors_of
 from checkpoint.writing import appears_whole, rounded
 from mistake import Mistake
 from model.config import LlamaConfig
 
 CHUNK_BYTES = 2**30  # flax.serialization.MAX_CHUNK_SIZE: a larger array is cut
 LARGEST_VALUE = 2**32 - 1  # bytes that msgpack's bin can hold
+BIN, EXTENSION, FIXED_16 = 0xc4, 0xc7, b'\xd8'  # msgpack's marks; 16 bytes, a float32 scalar, have their own
 
 Tensor = Callable[[str, int | None], np.ndarray]  # our name of a weight, its layer (None: not stacked) -> the array
 
@@ -68,17 +68,14 @@ def gathered(arrays: dict[str, jax.Array], prefix: str) -> Tensor:
 
 def refuse_unsupported(config: LlamaConfig) -> None:
     """Raises Mistake that lists what EasyLM's model of August 2023 has no place for."""
-    wrong = []
-    if config.tie_word_embeddings:
-        wrong.append('tie_word_embeddings=True (its lm_head is a weight of its own)')
-    if config.num_key_value_heads != config.num_attention_heads:
-        wrong.append(f'num_key_value_heads={config.num_key_value_heads} (it has as many as query heads)')
-    if config.rope_theta != 10000:
-        wrong.append(f'rope_theta={config.rope_theta} (it has 10000)')
-    if config.rope_scaling:
-        wrong.append('rope_scaling (it has none)')
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        wrong.append(f'head_dim={config.head_dim} (it has hidden_size / num_attention_heads)')
+    wrong = [reason for unsupported, reason in (
+        (config.tie_word_embeddings, 'tie_word_embeddings=True (its lm_head is a weight of its own)'),
+        (config.num_key_value_heads != config.num_attention_heads,
+         f'num_key_value_heads={config.num_key_value_heads} (it has as many as query heads)'),
+        (config.rope_theta != 10000, f'rope_theta={config.rope_theta} (it has 10000)'),
+        (config.rope_scaling, 'rope_scaling (it has none)'),
+        (config.head_dim * config.num_attention_heads != config.hidden_size,
+         f'head_dim={config.head_dim} (it has hidden_size / num_attention_heads)')) if unsupported]
     if wrong:
         raise Mistake(f'EasyLM of August 2023 cannot compute this model: {"; ".join(wrong)}; write it as hf or as '
                          'our own checkpoint')
@@ -108,9 +105,7 @@ def _write_pair(file, key: str, array: np.ndarray, float_dtype: str) -> None:
     length = sum(len(part) for part in parts)
     if length > LARGEST_VALUE:
         raise Mistake(f'{key} needs {length} bytes, EasyLM\'s format holds {LARGEST_VALUE} in one value: write bf16')
-    file.write(b'\x92' + msgpack.packb(key.split('/')) + _bin_header(length))
-    for part in parts:
-        file.write(part)
+    file.writelines([b'\x92' + msgpack.packb(key.split('/')) + _header(BIN, length), *parts])
 
 
 def _value(array: np.ndarray) -> list:
@@ -130,24 +125,12 @@ def _value(array: np.ndarray) -> list:
 def _extension(array: np.ndarray) -> list:
     """An array as msgpack's ext type 1 = [shape, dtype name, bytes]: the headers, and the data."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    inner = b'\x93' + msgpack.packb(array.shape) + msgpack.packb(array.dtype.name) + _bin_header(len(data))
-    return [_extension_header(len(inner) + len(data)), inner, data]
+    inner = b'\x93' + msgpack.packb(array.shape) + msgpack.packb(array.dtype.name) + _header(BIN, len(data))
+    length = len(inner) + len(data)
+    return [(FIXED_16 if length == 16 else _header(EXTENSION, length)) + b'\x01', inner, data]
 
 
-def _bin_header(length: int) -> bytes:
-    return _sized((b'\xc4', b'\xc5', b'\xc6'), length)
-
-
-def _extension_header(length: int) -> bytes:
-    """Of ext type 1.  16 bytes (a float32 scalar) have a mark of their own; the lengths 1 to 8, which do too, are too
-    short for an array.
-    """
-    return (b'\xd8' if length == 16 else _sized((b'\xc7', b'\xc8', b'\xc9'), length)) + b'\x01'
-
-
-def _sized(marks: tuple[bytes, bytes, bytes], length: int) -> bytes:
+def _header(mark: int, length: int) -> bytes:
     """The mark of the least width that holds the length (1, 2 or 4 bytes), and the length."""
-    for mark, width in zip(marks, (1, 2, 4), strict=True):
-        if length < 1 << 8 * width:
-            return mark + length.to_bytes(width, 'big')
-    raise Mistake(f'{length} bytes are more than one value of msgpack holds')
+    wider = (length >= 1 << 8) + (length >= 1 << 16)
+    return bytes([mark + wider]) + length.to_bytes(1 << wider, 'big')

@@ -1,4 +1,4 @@
-"""Reads a LLaMA and its tokenizer from one GGUF file (llama.cpp's format).  Neighbours: ../source.py, rotary_order.py.
+"""Reads a LLaMA and its tokenizer from one GGUF file (llama.cpp's format).  Neighbours: ../source.py, reading.py.
 
 Format facts (the GGUF specification of ggml, and llama.cpp's convert_hf_to_gguf):
   - header: magic 'GGUF', version u32, tensor count u64, key count u64; keys (string, type u32, value); tensor infos
@@ -56,8 +56,7 @@ class Reader:
         refuse_placeholder(self.path)
         header = _Header(self.path)
         self._metadata, self._tensors, self._data_start = header.metadata, header.tensors, header.data_start
-        self.names = set(self._tensors)
-        self.notes = []
+        self.names, self.notes = set(self._tensors), []
         self.config = self._config()
 
     def source(self, name: str, layer: int | None) -> str:
@@ -110,10 +109,10 @@ class Reader:
         heads = self._get('llama.attention.head_count', int)
         hidden_size = self._get('llama.embedding_length', int)
         head_dim = self._get('llama.attention.key_length', int, hidden_size // max(heads, 1))
-        self._refuse('llama.attention.value_length', head_dim)
-        self._refuse('llama.rope.dimension_count', head_dim)
-        self._refuse('llama.rope.scaling.type', 'none')
-        self._refuse('llama.expert_count', 0)
+        for key, supported in (('llama.attention.value_length', head_dim), ('llama.rope.dimension_count', head_dim),
+                               ('llama.rope.scaling.type', 'none'), ('llama.expert_count', 0)):
+            if (value := self._get(key, type(supported), supported)) != supported:
+                raise Mistake(f'{self.path}: {key}={value!r} is not supported; supported: {supported!r}')
         if 'rope_freqs.weight' in self._tensors:
             raise Mistake(f'{self.path}: rope_freqs.weight (frequency scaling of Llama 3.1 and later) is not '
                              'supported in GGUF files: load the model from its safetensors directory with hf::')
@@ -152,11 +151,6 @@ class Reader:
         if not 0 < value < math.inf:
             raise Mistake(f'{self.path}: {key}={value!r} must be a positive number')
         return value
-
-    def _refuse(self, key: str, supported) -> None:
-        value = self._get(key, type(supported), supported)
-        if value != supported:
-            raise Mistake(f'{self.path}: {key}={value!r} is not supported; supported: {supported!r}')
 
     @property
     def add_bos_token(self) -> bool | None:

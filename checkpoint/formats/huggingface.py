@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.formats.reading import Bounds, read_part, transposed
+from data.tokenizer import read_object
 from mistake import Mistake
 from model.config import LlamaConfig, RopeScaling
 
@@ -42,8 +43,7 @@ DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 class Reader:
     """A directory opened for reading; tensors, or parts of them, are read from disk when asked for.
 
-    config: LlamaConfig.  notes: what the caller may want to log (for example several eos ids).
-    names: all tensors of the directory, by the file's names.
+    config: LlamaConfig.  notes: for the log (several eos ids).  names: all tensors, by the file's names.
     Raises Mistake for a directory without safetensors, broken files and unsupported architectures.
     """
 
@@ -52,11 +52,10 @@ class Reader:
         if not self.path.is_dir():
             raise Mistake(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
         self.config, self.notes = read_config(self.path / 'config.json')
-        self._shards = {}
-        self._shard_of, self._offset_of = {}, {}
+        self._tensors = {}  # their name -> (file, dtype as the format names it, shape, offset of the data)
         for file in _weight_files(self.path):
             self._open(file)
-        self.names = {name for name in self._shard_of if not name.endswith('rotary_emb.inv_freq')}
+        self.names = {name for name in self._tensors if not name.endswith('rotary_emb.inv_freq')}
         if self.config.tie_word_embeddings:
             self.names.discard('lm_head.weight')  # a copy of the embedding, which transformers ignores too
 
@@ -64,18 +63,17 @@ class Reader:
         path = self.path / file
         refuse_placeholder(path)
         try:
-            shard = safe_open(path, framework='np')
+            safe_open(path, framework='np')
         except SafetensorError as error:
             raise Mistake(f'{path} is not a whole safetensors file ({error}): download it again') from None
-        self._shards[file] = shard
         with open(path, 'rb') as opened:
             length = int.from_bytes(opened.read(8), 'little')
             header = json.loads(opened.read(length))
-        for name in shard.keys():
-            if name in self._shard_of:
-                raise Mistake(f'{path}: tensor {name!r} lies in {self._shard_of[name]!r} too')
-            self._shard_of[name] = file
-            self._offset_of[name] = 8 + length + header[name]['data_offsets'][0]
+        header.pop('__metadata__', None)
+        for name, entry in header.items():
+            if name in self._tensors:
+                raise Mistake(f'{path}: tensor {name!r} lies in {self._tensors[name][0].name!r} too')
+            self._tensors[name] = path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
 
     def source(self, name: str, layer: int | None) -> str:
         """The file's own name of our tensor, for messages and for `names`."""
@@ -84,9 +82,9 @@ class Reader:
     def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
         """The shape `tensor` would return, from the header alone; None if the directory has no such tensor."""
         source = self.source(name, layer)
-        if source not in self._shard_of:
+        if source not in self._tensors:
             return None
-        shape = tuple(self._shards[self._shard_of[source]].get_slice(source).get_shape())
+        shape = self._tensors[source][2]
         return shape[::-1] if NAMES[name][1] else shape
 
     def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
@@ -95,15 +93,14 @@ class Reader:
         Raises Mistake naming a missing tensor or an unsupported dtype.
         """
         source, is_transposed = self.source(name, layer), NAMES[name][1]
-        if source not in self._shard_of:
+        if source not in self._tensors:
             raise Mistake(f'{self.path}: no tensor {source!r}')
-        stated = self._shards[self._shard_of[source]].get_slice(source)
-        dtype, shape = stated.get_dtype(), stated.get_shape()
+        file, dtype, shape, offset = self._tensors[source]
         if dtype not in DTYPES:
-            raise Mistake(f'{self.path / self._shard_of[source]}: {source!r} has dtype {dtype}; '
+            raise Mistake(f'{file}: {source!r} has dtype {dtype}; '
                              f'supported: {" ".join(DTYPES)} (quantised models are read from gguf:: files)')
-        array = read_part(self.path / self._shard_of[source], DTYPES[dtype], tuple(shape), self._offset_of[source],
-                          transposed(bounds) if is_transposed else bounds).astype(np.float32, copy=False)
+        bounds = transposed(bounds) if is_transposed else bounds
+        array = read_part(file, DTYPES[dtype], shape, offset, bounds).astype(np.float32, copy=False)
         return array.T if is_transposed else array
 
 
@@ -120,13 +117,12 @@ def refuse_placeholder(path: Path) -> None:
 
 def _weight_files(path: Path) -> list[str]:
     """The names of the safetensors files, checked against the index if there is one."""
-    index = path / 'model.safetensors.index.json'
-    single = path / 'model.safetensors'
+    index, single = path / 'model.safetensors.index.json', path / 'model.safetensors'
     if single.exists() or single.is_symlink():
         return [single.name]
     if index.exists() or index.is_symlink():
         refuse_placeholder(index)
-        weight_map = _read_json(index).get('weight_map')
+        weight_map = read_object(index).get('weight_map')
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise Mistake(f'{index}: weight_map must map tensor names to file names')
         for file in set(weight_map.values()):
@@ -141,31 +137,24 @@ def _weight_files(path: Path) -> list[str]:
     raise Mistake(f'{path} holds no weights: expected model.safetensors or model.safetensors.index.json')
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Mistake(f'{path} is not JSON: {error}') from None
-    if not isinstance(values, dict):
-        raise Mistake(f'{path} must hold a JSON object')
-    return values
-
-
 def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
     """config.json as a LlamaConfig, and notes.  Keys that are absent have the defaults of transformers' LlamaConfig.
 
     Raises Mistake that names the file, the key and the supported values.
     """
     refuse_placeholder(path)
-    values = _read_json(path)
+    values = read_object(path)
     supported = {'model_type': 'llama', 'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
                  'quantization_config': None, 'partial_rotary_factor': 1.0, 'auto_map': None}
     for key, value in supported.items():
         given = values.get(key, None if key == 'model_type' else value)
         if given != value:
             raise Mistake(f'{path}: {key}={given!r} is not supported; supported: {value!r}')
+    values = {key: value for key, value in values.items() if value is not None}  # null is as good as absent
     theta, scaling = _rope(path, values)
-    notes = []
+    tied, notes = values.get('tie_word_embeddings', False), []
+    if type(tied) is not bool:
+        raise Mistake(f'{path}: tie_word_embeddings={tied!r} must be true or false')
     fields = dict(
         vocab_size=_size(path, values, 'vocab_size'),
         hidden_size=_size(path, values, 'hidden_size'),
@@ -178,7 +167,7 @@ def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
         rms_norm_eps=_positive(path, values, 'rms_norm_eps', absent=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=_bool(path, values, 'tie_word_embeddings', absent=False),
+        tie_word_embeddings=tied,
         initializer_range=_positive(path, values, 'initializer_range', absent=0.02),
         bos_token_id=_token_id(path, values, 'bos_token_id', absent=1, notes=notes),
         eos_token_id=_token_id(path, values, 'eos_token_id', absent=2, notes=notes),
@@ -191,12 +180,11 @@ def read_config(path: Path) -> tuple[LlamaConfig, list[str]]:
 
 def _rope(path: Path, values: dict) -> tuple[float, RopeScaling | None]:
     """(rope_theta, scaling) from either generation of transformers."""
-    if values.get('rope_parameters') is not None and values.get('rope_scaling') is not None:
+    if 'rope_parameters' in values and 'rope_scaling' in values:
         raise Mistake(f'{path}: both rope_parameters (transformers 5) and rope_scaling (transformers 4) are given; '
                          'remove one')
-    key = 'rope_parameters' if values.get('rope_parameters') is not None else 'rope_scaling'
-    rope = values.get(key)
-    rope = {} if rope is None else rope
+    key = 'rope_parameters' if 'rope_parameters' in values else 'rope_scaling'
+    rope = values.get(key, {})
     if not isinstance(rope, dict):
         raise Mistake(f'{path}: {key}={rope!r} must be an object')
     rope = {name: value for name, value in rope.items() if value is not None}
@@ -219,29 +207,19 @@ def _rope(path: Path, values: dict) -> tuple[float, RopeScaling | None]:
 
 
 def _size(path: Path, values: dict, key: str, absent: int | None = None, largest: int = LARGEST_SIZE) -> int:
-    value = values.get(key)
-    if value is None and absent is not None:
+    if key not in values and absent is not None:
         return absent
+    value = values.get(key)
     if type(value) is not int or not 1 <= value <= largest:
         raise Mistake(f'{path}: {key}={value!r} must be a whole number between 1 and {largest}')
     return value
 
 
 def _positive(path: Path, values: dict, key: str, absent: float | None = None) -> float:
-    value = values.get(key)
-    if value is None and absent is not None:
-        return absent
+    value = values.get(key, absent)
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
         raise Mistake(f'{path}: {key}={value!r} must be a positive number')
     return float(value)
-
-
-def _bool(path: Path, values: dict, key: str, absent: bool) -> bool:
-    value = values.get(key)
-    value = absent if value is None else value
-    if type(value) is not bool:
-        raise Mistake(f'{path}: {key}={value!r} must be true or false')
-    return value
 
 
 def _token_id(path: Path, values: dict, key: str, absent: int, notes: list[str]) -> int:

@@ -5,6 +5,7 @@ and the data.  All of the header follows from the configuration, so it goes firs
 memory holds one.  config.json is written in transformers 4's spelling (rope_theta, rope_scaling), which 5 reads too.
 """
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +40,8 @@ def write(path: Path, tensor: Callable[[str, int | None], np.ndarray], config: L
             _write_json(temporary / 'model.safetensors.index.json', dict(
                 metadata=dict(total_parameters=total, total_size=total * np.dtype(FLOATS[float_dtype]).itemsize),
                 weight_map={entry[0]: file for file, entries in zip(names, shards, strict=True) for entry in entries}))
-        bos, eos = config.bos_token_id, config.eos_token_id
+        bos, eos = (tokenizer or config).bos_token_id, (tokenizer or config).eos_token_id
         if tokenizer:
-            bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
             write_tokenizer(temporary, tokenizer, config.max_sequence_length, add_bos_token)
         _write_json(temporary / 'config.json', _config(config, float_dtype) | dict(bos_token_id=bos, eos_token_id=eos))
         _write_json(temporary / 'generation_config.json', dict(bos_token_id=bos, eos_token_id=eos))
@@ -94,7 +94,7 @@ def _entries(config: LlamaConfig) -> list[Entry]:
 
 
 def _size(entry: Entry) -> int:
-    return int(np.prod(entry[3]))
+    return math.prod(entry[3])
 
 
 def _shards(entries: list[Entry], item_bytes: int, max_shard_bytes: int) -> list[list[Entry]]:

@@ -1,6 +1,12 @@
-"""Share between formats: the tensors of a model, and a part of an array straight from a file.
+"""Share between formats: the tensors of a model, a part of an array straight from a file, the two rotary orders.
 
 `bounds` name a part: (start, stop) per dimension, or None for the whole.
+
+Rotary embedding turns pairs of coordinates of a head.  Which two make pair i is a convention of the file; scores q . k
+do not depend on it as long as q and k agree, so moving the columns of w_q and w_k is exact:
+
+  interleaved   (2i, 2i + 1)      Meta's original LLaMA, EasyLM, llama.cpp's GGUF
+  half-split    (i, i + D / 2)    Hugging Face, and this project's w_q and w_k
 """
 import math
 from pathlib import Path
@@ -8,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from checkpoint.formats.rotary_order import half_split_from_interleaved
 from model.config import LlamaConfig
 from model.weights import WeightSpec, weight_specs
 
@@ -59,3 +64,13 @@ def half_split_part(read, bounds: Bounds, head_dim: int) -> np.ndarray:
     rows, (first, last) = bounds
     start, stop = first // head_dim * head_dim, -(-last // head_dim) * head_dim
     return half_split_from_interleaved(read((rows, (start, stop))), head_dim)[:, first - start:last - start]
+
+
+def half_split_from_interleaved(w_MX: np.ndarray, head_dim: int) -> np.ndarray:
+    """Move columns of w_q [M, HD] or w_k [M, KD] from interleaved to half-split order, head by head."""
+    return w_MX.reshape(len(w_MX), -1, head_dim // 2, 2).swapaxes(2, 3).reshape(w_MX.shape)
+
+
+def interleaved_from_half_split(w_MX: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undo `half_split_from_interleaved`."""
+    return w_MX.reshape(len(w_MX), -1, 2, head_dim // 2).swapaxes(2, 3).reshape(w_MX.shape)
