@@ -1,7 +1,7 @@
 """A random model of two layers on 200 made-up reviews: the whole of train.py in seconds, for those who edit the code.
 
-Hardware     1 CPU core, 1 GB;  Time  half a minute of one core
-Result       loss 6.48 -> 0.31, next-token accuracy 0.4 % -> 89.7 % (its own training text; 2026-11-22, other random weights)
+Hardware     2 CPU cores, 1 GB;  Time  9 seconds
+Result       loss 6.50 -> 0.32, next-token accuracy 0.9 % -> 89.8 % (its own training text; 2026-11-24)
 Command      python train.py --config=configs/tiny.py --logger.output_dir=runs/tiny
 """
 
