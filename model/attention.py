@@ -3,6 +3,8 @@
   reference   kernels/reference.py: the definition, in einsum and softmax; writes all scores to memory
   pallas      kernels/flash_attention.py for many tokens, kernels/decode_attention.py for one: TPU kernels.  On any
               other platform they run in Pallas's TPU interpreter, which is for tests: right, and very slow
+
+A cache that is continued by several tokens is kernels/blockwise.py's, and with `reference` also by one.
 """
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import reference
+from kernels.blockwise import cached_attention
 from kernels.decode_attention import decode_attention
 from kernels.flash_attention import flash_attention
 from kernels.tiles import device_kind
@@ -53,24 +56,21 @@ def attend(name: str, q_BTHD, k_BTKD, v_BTKD, segments_BT) -> jax.Array:
     return checkpoint_name(o_BTHD, 'o')
 
 
-def attend_cached(name: str, q_BTHD, k_BTKD, v_BTKD, cache: kv_cache.Cache, layer, positions_BT,
+def attend_cached(name: str, q_BTHD, k_BTKD, v_BTKD, cache: kv_cache.Cache, layer, rows_B, positions_BT,
                   from_start: bool) -> jax.Array:
-    """Compute o_BTHD of queries at `positions_BT` over the slots up to their own; k and v are in the cache already.
+    """Compute o_BTHD of queries at `positions_BT` over the places up to their own; k and v are in the cache already.
 
-    from_start: the T tokens are the first of their rows, so that their own k and v are all there is to see.
-    Raises ValueError for several tokens that are not, with pallas: its kernels know the two cases of a server.
+    rows_B: which row of the cache each row of the batch reads; None: its own number.  from_start: the T tokens are the
+    first of their rows, so that their own k and v are all there is to see.  With pallas, whole new rows are the flash
+    kernel's and one token of every row the decode kernel's; what stands between them is computed in plain JAX.
     """
     _, T, _, D = q_BTHD.shape
     K = k_BTKD.shape[2]
-    if name == 'pallas' and from_start:
+    if from_start:
         return attend(name, q_BTHD, k_BTKD, v_BTKD, None)
-    if name == 'pallas':
-        if T != 1:
-            raise ValueError(f"attention='pallas' continues a cache one token at a time, not by {T=}: use 'reference'")
+    if name == 'pallas' and T == 1 and rows_B is None:
         return decode_attention(q_BTHD[:, 0], cache.k_NBSW, cache.v_NBSW, positions_BT[:, 0] + 1, kv_heads=K,
-                                scale=D ** -0.5, layer=layer, interpret=_interpret())[:, None]
-    k_BSKD, v_BSKD = kv_cache.read(cache, layer, K, D)
-    slots_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1], dtype=jnp.int32), k_BSKD.shape[:2])
-    return reference.attention(q_BTHD, k_BSKD, v_BSKD, scale=D ** -0.5, query_positions_BT=positions_BT,
-                               key_positions_BS=slots_BS, query_segments_BT=jnp.ones_like(positions_BT),
-                               key_segments_BS=jnp.ones_like(slots_BS))
+                                scale=D ** -0.5, layer=layer, factors_NBCKS=cache.factors_NBCKS,
+                                interpret=_interpret())[:, None]
+    return cached_attention(q_BTHD, lambda start, count: kv_cache.read(cache, layer, rows_B, start, count, K, D),
+                            positions_BT, scale=D ** -0.5, kv_heads=K)

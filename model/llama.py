@@ -12,6 +12,7 @@ Between blocks, activations are split over mp along the sequence ('B T/mp M') wh
 block gathers them, computes its share of heads or columns, and its partial sums are reduce-scattered.  Decoding (one
 token) keeps them whole and sums with psum.
 """
+import dataclasses
 import functools
 
 import jax
@@ -22,7 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 from model import cache as kv_cache
 from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
-from model.partition import all_gather, gather_weight, pytree, reduce_scatter, static
+from model.partition import DTYPES, all_gather, gather_weight, pytree, reduce_scatter, static
+from model.quantized import Int8, gather_matrix, is_quantized
 from model.remat import rematerialized
 from model.weights import Array, Layer, Llama
 
@@ -31,13 +33,15 @@ from model.weights import Array, Layer, Llama
 class Pass:
     """Holds what all layers of one forward pass share.
 
-    rope: cos and sin, `rope_table`.  positions_BT, segments_BT: int32 (segments None: one a row).  split_sequence:
-    activations between blocks are 'B T/mp M', not 'B T M'.  from_start: the tokens are the first T of their rows.
+    rope: cos and sin, `rope_table`.  positions_BT, segments_BT: int32 (segments None: one a row).  rows_B: which row of
+    the cache each row of the batch is (None: its number).  split_sequence: activations between blocks are 'B T/mp M',
+    not 'B T M'.  from_start: the tokens are the first T of their rows.
     """
 
     rope: tuple[Array, Array]
     positions_BT: Array
     segments_BT: Array | None
+    rows_B: Array | None
     config: LlamaConfig = static()
     compute: Compute = static()
     split_sequence: bool = static()
@@ -45,18 +49,20 @@ class Pass:
 
 
 def hidden_states(params: Llama, tokens_BT: Array, segments_BT: Array | None, config: LlamaConfig, compute: Compute, *,
-                  positions_BT: Array | None = None, cache: kv_cache.Cache | None = None):
+                  positions_BT: Array | None = None, cache: kv_cache.Cache | None = None,
+                  rows_B: Array | None = None):
     """Compute the network up to the final norm: (h_BTM in the compute dtype, whole on every mp device; updated cache).
 
     tokens, segments (0 = padding) and positions are int32 [B, T]; positions default to 0..T-1.  With a cache, the T
-    tokens of row b are written to slots positions_BT[b, 0].. and attend to what the row already holds (segments are not
-    used). Runs inside shard_map, on the local batch and the local shards of `params`.
+    tokens of row b are written into its row rows_B[b] (None: b) from place positions_BT[b, 0] on, and attend to what
+    that row holds then (segments are not used); rows may repeat, with tokens that follow each other.  Runs inside
+    shard_map, on the local batch and the local shards of `params`.
     """
     B, T = tokens_BT.shape
     from_start = positions_BT is None
     if from_start:
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    run = Pass(rope_table(positions_BT, config), positions_BT, segments_BT, config, compute,
+    run = Pass(rope_table(positions_BT, config), positions_BT, segments_BT, rows_B, config, compute,
                split_sequence=cache is None and T % lax.axis_size('mp') == 0, from_start=from_start)
 
     def step(carry, weights_and_index):
@@ -84,30 +90,38 @@ def layer(h: Array, cache: kv_cache.Cache | None, w: Layer, index: Array, run: P
 def attention(n_BTM: Array, w: Layer, cache: kv_cache.Cache | None, index: Array, run: Pass):
     """Attend over the local heads: (partial sums of W_o's product, to be summed over mp; the cache)."""
     M, D = n_BTM.shape[2], run.config.head_dim
-    w_q = gather_weight(w.w_q, 'M/fsdp HD/mp -> M HD/mp', n_BTM, run.compute)
-    w_k, w_v = (kv_heads_of_this_device(gather_weight(x, 'M/fsdp KD/mp -> M KD/mp', n_BTM, run.compute), run.config)
+    w_q = gather_matrix(w.w_q, 'M/fsdp HD/mp -> M HD/mp', n_BTM, run.compute)
+    w_k, w_v = (kv_heads_of_this_device(gather_matrix(x, 'M/fsdp KD/mp -> M KD/mp', n_BTM, run.compute), run.config)
                 for x in (w.w_k, w.w_v))
     with jax.named_scope('qkv'):  # einsums to heads: the TPU compiler then writes the kernel's layout straight away
-        q_BTHD = jnp.einsum('BTM,MHD->BTHD', n_BTM, w_q.reshape(M, -1, D))
-        k_BTKD = jnp.einsum('BTM,MKD->BTKD', n_BTM, w_k.reshape(M, -1, D))
-        v_BTKD = checkpoint_name(jnp.einsum('BTM,MKD->BTKD', n_BTM, w_v.reshape(M, -1, D)), 'v')
+        q_BTHD, k_BTKD, v_BTKD = to_heads(n_BTM, w_q, D), to_heads(n_BTM, w_k, D), to_heads(n_BTM, w_v, D)
+        v_BTKD = checkpoint_name(v_BTKD, 'v')
     with jax.named_scope('rope'):
         q_BTHD, k_BTKD = checkpoint_name(rotate(q_BTHD, run.rope), 'q'), checkpoint_name(rotate(k_BTKD, run.rope), 'k')
     if cache is None:
         o_BTHD = attend(run.compute.attention, q_BTHD, k_BTKD, v_BTKD, run.segments_BT)
     else:
-        cache = kv_cache.write(cache, index, run.positions_BT, k_BTKD, v_BTKD)
-        o_BTHD = attend_cached(run.compute.attention, q_BTHD, k_BTKD, v_BTKD, cache, index, run.positions_BT,
-                               run.from_start)
-    w_o = gather_weight(w.w_o, 'HD/mp M/fsdp -> HD/mp M', n_BTM, run.compute)
+        cache = kv_cache.write(cache, index, run.rows_B, run.positions_BT[:, 0], k_BTKD, v_BTKD)
+        o_BTHD = attend_cached(run.compute.attention, q_BTHD, k_BTKD, v_BTKD, cache, index, run.rows_B,
+                               run.positions_BT, run.from_start)
+    w_o = gather_matrix(w.w_o, 'HD/mp M/fsdp -> HD/mp M', n_BTM, run.compute)
     with jax.named_scope('out'):
+        if is_quantized(w_o):
+            return o_BTHD.reshape(*n_BTM.shape[:2], -1) @ w_o, cache
         return jnp.einsum('BTHD,HDM->BTM', o_BTHD, w_o.reshape(-1, D, M)), cache
+
+
+def to_heads(n_BTM: Array, w: Array | Int8, D: int) -> Array:
+    """Multiply with a weight whose columns are heads side by side: [B, T, heads, D]."""
+    if is_quantized(w):
+        return (n_BTM @ w).reshape(*n_BTM.shape[:2], -1, D)
+    return jnp.einsum('BTM,MHD->BTHD', n_BTM, w.reshape(n_BTM.shape[2], -1, D))
 
 
 def ffn(n_BTM: Array, w: Layer, run: Pass) -> Array:
     """Compute SwiGLU over the local columns: partial sums of W_down's product, to be summed over mp."""
-    w_gate, w_up = (gather_weight(x, 'M/fsdp F/mp -> M F/mp', n_BTM, run.compute) for x in (w.w_gate, w.w_up))
-    w_down = gather_weight(w.w_down, 'F/mp M/fsdp -> F/mp M', n_BTM, run.compute)
+    w_gate, w_up = (gather_matrix(x, 'M/fsdp F/mp -> M F/mp', n_BTM, run.compute) for x in (w.w_gate, w.w_up))
+    w_down = gather_matrix(w.w_down, 'F/mp M/fsdp -> F/mp M', n_BTM, run.compute)
     with jax.named_scope('gate_up'):
         gate_BTF, up_BTF = checkpoint_name(n_BTM @ w_gate, 'gate'), checkpoint_name(n_BTM @ w_up, 'up')
     with jax.named_scope('down'):
@@ -116,11 +130,17 @@ def ffn(n_BTM: Array, w: Layer, run: Pass) -> Array:
 
 def embed(embedding: Array, tokens_BT: Array, run: Pass) -> Array:
     """Look up tokens, each mp device those of its own slice of the vocabulary: h_BTM, or its T/mp part."""
-    embedding_VM = gather_weight(embedding, 'V/mp M/fsdp -> V/mp M', tokens_BT, run.compute)
+    dtype = DTYPES[run.compute.dtype]
+    # a server's bfloat16 weights in float32 computing: a few rows are cast, not the table
+    narrow = not is_quantized(embedding) and embedding.dtype.itemsize < jnp.dtype(dtype).itemsize
+    embedding_VM = gather_matrix(embedding, 'V/mp M/fsdp -> V/mp M', tokens_BT,
+                                 dataclasses.replace(run.compute, dtype='bf16') if narrow else run.compute)
     V = embedding_VM.shape[0]
     local_BT = tokens_BT - V * lax.axis_index('mp')
     mine_BT = (local_BT >= 0) & (local_BT < V)
-    rows_BTM = jnp.where(mine_BT[..., None], embedding_VM[jnp.where(mine_BT, local_BT, 0)], 0)
+    local_BT = jnp.where(mine_BT, local_BT, 0)
+    rows_BTM = embedding_VM.rows(local_BT) if is_quantized(embedding_VM) else embedding_VM[local_BT]
+    rows_BTM = jnp.where(mine_BT[..., None], rows_BTM.astype(dtype), 0)
     return sum_partial(rows_BTM, run)  # exactly one device holds a token's row, so the sum is that row
 
 
@@ -134,8 +154,12 @@ def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:
     mp, K, D = lax.axis_size('mp'), config.num_key_value_heads, config.head_dim
     if K >= mp:
         return w_M_KD
-    whole = all_gather(w_M_KD, 'M KD/mp -> M KD')
-    return lax.dynamic_slice_in_dim(whole, lax.axis_index('mp') * K // mp * D, D, axis=1)
+
+    def take(x):
+        whole = lax.all_gather(x, 'mp', axis=x.ndim - 1, tiled=True)
+        return lax.dynamic_slice_in_dim(whole, lax.axis_index('mp') * K // mp * D, D, axis=x.ndim - 1)
+
+    return jax.tree.map(take, w_M_KD)
 
 
 def gather_sequence(x: Array, run: Pass) -> Array:

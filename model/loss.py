@@ -12,15 +12,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.config import Compute
-from model.partition import all_gather, gather_weight, varies, varying
+from model.partition import all_gather, varies, varying
+from model.quantized import Int8, gather_matrix, is_quantized
 from model.weights import Array, Llama
 
+NARROW_CHUNKS = 16  # of the vocabulary, where the head is cast as it is used
 CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MB
 
 
 def logits(params: Llama, h_BPM: Array) -> Array:
     """Compute z_BPV float32, V being this mp device's slice of the vocabulary."""
-    return _logits(all_gather(_head(params).astype(h_BPM.dtype), 'V/mp M/fsdp -> V/mp M'), h_BPM)
+    head = _head(params)
+    if is_quantized(head) or head.dtype == h_BPM.dtype or head.shape[0] % NARROW_CHUNKS:
+        return _logits(_whole_head(params, h_BPM), h_BPM)
+    # a server's bfloat16 weights in float32 computing: cast in the processor's cache, a part of the vocabulary at a time
+    head_VM = all_gather(head, 'V/mp M/fsdp -> V/mp M')
+    _, z_NBPC = lax.scan(lambda _, rows_CM: (None, _logits(rows_CM.astype(h_BPM.dtype), h_BPM)), None,
+                         head_VM.reshape(NARROW_CHUNKS, -1, head_VM.shape[1]))
+    return z_NBPC.transpose(1, 2, 0, 3).reshape(*h_BPM.shape[:2], -1)
 
 
 def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array, compute: Compute) -> tuple[Array, Array]:
@@ -28,7 +37,7 @@ def token_cross_entropy(params: Llama, h_BPM: Array, targets_BP: Array, compute:
 
     h_BPM is whole on every mp device; the results are too.
     """
-    head_VM = gather_weight(_head(params), 'V/mp M/fsdp -> V/mp M', h_BPM, compute)
+    head_VM = gather_matrix(_head(params), 'V/mp M/fsdp -> V/mp M', h_BPM, compute)
     return cross_entropy(head_VM, varying(h_BPM, ('mp',)), targets_BP)  # the gradients of h are summed over mp
 
 
@@ -36,7 +45,17 @@ def _head(params: Llama) -> Array:
     return params.embedding if params.head is None else params.head
 
 
+def _whole_head(params: Llama, h_BPM: Array) -> Array | Int8:
+    """Gather this mp device's rows of the head, in h's dtype or quantized; no gradients."""
+    head = _head(params)
+    if is_quantized(head):
+        return gather_matrix(head, 'V/mp M/fsdp -> V/mp M', h_BPM, Compute())
+    return all_gather(head.astype(h_BPM.dtype), 'V/mp M/fsdp -> V/mp M')
+
+
 def _logits(head_VM, h_BPM):
+    if is_quantized(head_VM):
+        return head_VM.logits(h_BPM)
     return jnp.einsum('BPM,VM->BPV', h_BPM, head_VM, preferred_element_type=jnp.float32)
 
 
@@ -107,7 +126,8 @@ def _over_chunks(chunk, carry, head_VM, positions: int):
 
     def body(i, carry):
         first = jnp.minimum(i * size, V - size)
-        return chunk(carry, lax.dynamic_slice_in_dim(head_VM, first, size), first, i * size - first)
+        rows_CM = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size), head_VM)
+        return chunk(carry, rows_CM, first, i * size - first)
 
     return lax.fori_loop(0, count, body, carry)
 
@@ -130,7 +150,7 @@ def is_likeliest(params: Llama, h_BPM: Array, targets_BP: Array, vocabulary: int
 
     h_BPM is whole on every mp device; the result is too.  No gradients.
     """
-    head_VM = all_gather(_head(params).astype(h_BPM.dtype), 'V/mp M/fsdp -> V/mp M')
+    head_VM = _whole_head(params, h_BPM)
     first_id, h_BPM = head_VM.shape[0] * lax.axis_index('mp'), varying(h_BPM, ('mp',))
 
     def chunk(carry, rows_CM, first, seen):

@@ -46,6 +46,8 @@ def _changed_dimension(before: str, after: str) -> tuple[int, str]:
 def all_gather(x: jax.Array, rewrite: str) -> jax.Array:
     """Gather 'B T/mp M -> B T M': every device receives the whole T.  Its transpose is the reduce-scatter below."""
     dimension, axis = _changed_dimension(*rewrite.split(' -> '))
+    if lax.axis_size(axis) == 1:  # XLA's CPU would copy it, in another layout
+        return x
     return lax.all_gather(x, axis, axis=dimension, tiled=True)
 
 
@@ -53,6 +55,8 @@ def reduce_scatter(x: jax.Array, rewrite: str) -> jax.Array:
     """Reduce 'B T M -> B T/mp M': sum over the axis, each device keeping its part of T.  Transpose of all_gather."""
     before, after = rewrite.split(' -> ')
     dimension, axis = _changed_dimension(after, before)
+    if lax.axis_size(axis) == 1:
+        return x
     return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
 
 
@@ -84,17 +88,18 @@ def gather_weight(w: jax.Array, rewrite: str, x: jax.Array, compute: Compute) ->
         if w.dtype != dtype:
             # XLA:TPU (bfloat16-propagation) would otherwise round all layers before the loop over them, and hold that
             # copy of the model through the step.  It cannot round bits behind a barrier.
-            bits = lax.optimization_barrier(lax.bitcast_convert_type(w, jnp.uint32))
+            bits = lax.bitcast_convert_type(w, jnp.uint32 if w.dtype.itemsize == 4 else jnp.uint16)
+            bits = lax.optimization_barrier(bits)
             w = lax.bitcast_convert_type(bits, w.dtype).astype(dtype)
         w = varying(w, over)
-        if axis is None:
+        if axis is None or lax.axis_size(axis) == 1:
             return w
         whole = lax.all_gather(w, axis, axis=dimension)
         return whole.reshape(*w.shape[:dimension], -1, *w.shape[dimension + 1:])
 
     def transpose(_, gradient):
         gradient = gradient.astype(reduce_dtype)
-        if axis is not None:
+        if axis is not None and lax.axis_size(axis) > 1:
             parts = gradient.reshape(*w.shape[:dimension], lax.axis_size(axis), *w.shape[dimension:])
             gradient = lax.psum_scatter(parts, axis, scatter_dimension=dimension)
         return ((lax.psum(gradient, over) if over else gradient).astype(w.dtype),)

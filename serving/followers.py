@@ -1,18 +1,18 @@
 """Serve with several processes (hosts): process 0 answers requests, the others follow.  Before: engine.py.
 
-A program over the devices of all processes runs when every process has started it, so all must make the same calls of
-their engines in the same order.  Process 0 writes each call, a method's name and its arguments as JSON, into the
-key-value store of JAX's coordination service before it makes it; the others read it and make it too.  A host's
-decisions on the way (batches, growing caches, refusals) follow from the arguments, from the calls before, and from
-results that every process holds whole (`Engine._shardings`).
+A program over the devices of all processes runs when every process has started it, so all engines must make the same
+turns.  Process 0 writes what came since the last one (works and cancellations, as JSON) into the key-value store of
+JAX's coordination service before each turn; the others read it and make the turn too.  All that an engine decides
+follows from that, from the turns before, and from results that every process holds whole (`Programs._shardings`).
 
-Calls go through the store, not by a broadcast between devices, because a server can be idle for days: devices that
-wait in a collective are busy, and some transports give up after a while.  A call costs two round trips.
+Turns go through the store, not by a broadcast between devices, because a server can be idle for days: devices that wait
+in a collective are busy, and some transports give up after a while.  A turn costs one round trip; every MEET_EVERY
+turns all meet, and what was heard is deleted.
 
 Nobody is left behind: start.failing_together ends all when one fails, and JAX when one is gone (process 0: at once;
 another: when its heartbeat has been missing for start.HEARTBEAT_SECONDS).
 """
-import contextlib
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -20,9 +20,10 @@ from collections.abc import Callable
 import jax
 from jax._src.distributed import global_state  # the client of the coordination service has no public name
 
-from serving.engine import Engine, RequestError
+from serving.engine import Engine
+from serving.work import Generate, RequestError, Sampling, Score, Work
 
-METHODS = ('generate', 'greedy_until', 'loglikelihood', 'loglikelihood_rolling')  # of Engine, which process 0 may name
+MEET_EVERY = 256  # turns
 MAX_CALL_BYTES = 64_000_000
 MEET_SECONDS = 600  # a follower can be behind by a program it must compile, and process 0 had in its cache
 ASK_SECONDS = 30  # for one question to the store, which is asked again
@@ -37,15 +38,13 @@ class CallLine:
 
     # ------------------------------------------------------------ process 0
 
-    def tell(self, method: str, arguments: dict) -> None:
-        """Tell every process of the call and wait until it knows.  Raises RequestError, first, for one too large."""
-        text = json.dumps([method, arguments], ensure_ascii=False)
+    def tell(self, news: list) -> None:
+        """Tell every process of a turn.  Raises RequestError, first, for one too large."""
+        text = json.dumps(news, ensure_ascii=False)
         if (size := len(text.encode())) > MAX_CALL_BYTES:
             raise RequestError(f'{size} bytes of text: at most {MAX_CALL_BYTES} can be sent to the other processes')
         self._client.key_value_set(self._key(), text)
-        self._meet()
-        self._client.key_value_delete(self._key())
-        self._count += 1
+        self._next(delete=True)
 
     def end(self) -> None:
         """Tell the others that there are no more calls."""
@@ -67,26 +66,27 @@ class CallLine:
         """Tell whether process 0 has no more calls; ask where a call would have to wait."""
         return self._get(self._key(), 0.01) == 'null'
 
-    def hear(self) -> tuple[str, dict] | None:
-        """Wait for (method, arguments) of the next call, however late it comes; None when there are no more."""
+    def hear(self) -> list | None:
+        """Wait for the news of the next turn, however late it comes; None when there are no more."""
         while (text := self._get(self._key(), ASK_SECONDS)) is None:
             pass
-        if (call := json.loads(text)) is None:
+        if (news := json.loads(text)) is None:
             return None
-        method, arguments = call
-        if method not in METHODS:
-            raise RuntimeError(f'process 0 names {method!r}, which is none of {METHODS}')
-        self._meet()
-        self._count += 1
-        return method, arguments
+        self._next(delete=False)
+        return news
 
     # ------------------------------------------------------------ both
 
     def _key(self) -> str:
         return f'pallama/calls/{self._count}'
 
-    def _meet(self) -> None:
-        self._client.wait_at_barrier('pallama/calls', 1000 * MEET_SECONDS)
+    def _next(self, delete: bool) -> None:
+        self._count += 1
+        if self._count % MEET_EVERY == 0:
+            self._client.wait_at_barrier(f'pallama/calls/{self._count}', 1000 * MEET_SECONDS)
+            if delete:
+                for count in range(self._count - MEET_EVERY, self._count):
+                    self._client.key_value_delete(f'pallama/calls/{count}')
 
     def _get(self, key: str, seconds: float) -> str | None:
         try:
@@ -97,19 +97,46 @@ class CallLine:
             return None
 
 
-def follow(engine: Engine, warm_up: tuple[str, ...], line: CallLine) -> None:
-    """Compile the programs of `warm_up`, then make the calls of process 0 to the end: what every other process does.
+def to_json(work: Work) -> dict:
+    """Write a work as JSON-able values."""
+    return {'kind': type(work).__name__, **dataclasses.asdict(work)}
+
+
+def from_json(values: dict) -> Work:
+    """Read what `to_json` wrote."""
+    kind = {'Generate': Generate, 'Score': Score}[values.pop('kind')]
+    tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value
+    values = {name: tuples(value) for name, value in values.items()}
+    if kind is Generate:
+        values['sampling'] = Sampling(**{name: tuples(value) for name, value in values['sampling'].items()})
+    return kind(**values)
+
+
+def apply(engine: Engine, news: list, tickets: dict[int, int], handlers) -> None:
+    """Tell the engine what came since the last turn: what every process of a server does alike."""
+    for kind, ticket, works in news:
+        if kind == 'submit':
+            tickets[ticket] = engine.submit(works, *handlers(ticket))
+        elif ticket in tickets:
+            engine.cancel(tickets.pop(ticket))
+    for ticket in [ticket for ticket, own in tickets.items() if not engine.knows(own)]:
+        del tickets[ticket]
+
+
+def follow(engine: Engine, warm_up: tuple[str, ...], num_beams: int, line: CallLine) -> None:
+    """Compile the programs of `warm_up`, then make the turns of process 0 to the end: what every other process does.
 
     From here on SIGTERM and Ctrl-C mean nothing to this process: process 0 needs it for the requests in line.
-    Raises what the engine raises, unless it concerns one request (EngineThread says which errors do).
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    for _ in engine.warm_up(warm_up):
+    for _ in engine.warm_up(warm_up, num_beams):
         if line.ended():
             return
     line.ready()
-    while (call := line.hear()) is not None:
-        method, arguments = call
-        with contextlib.suppress(RequestError, FloatingPointError):  # process 0 tells the client
-            getattr(engine, method)(**arguments)
+    tickets: dict[int, int] = {}
+    while (news := line.hear()) is not None:
+        news = [(kind, ticket, works and [from_json(work) for work in works]) for kind, ticket, works in news]
+        apply(engine, news, tickets, lambda ticket: (lambda index, event: None, lambda: None))
+        if not engine.idle:
+            engine.tick()

@@ -21,6 +21,10 @@ class QueueFull(Exception):
     """As many requests wait as may wait."""
 
 
+class Cancelled(Exception):
+    """Nobody wants the answer any more."""
+
+
 class EngineFailed(Exception):
     """The engine raised something unforeseen; it takes no more work."""
 
@@ -54,7 +58,7 @@ class Generate:
     ignore_eos: go on behind EOS.  truncated: the prompt lost its beginning before it came here (told again in the answer).
     window: 0, or so many new tokens after which the slot begins again with the last tokens of prompt and answer
     (EasyLM's /greedy-until, which has no end).  num_beams: above 1, a search with so many beams; greedy otherwise.
-    streamed: somebody reads the tokens as they come.
+    streamed: somebody reads the tokens as they come (Delta).
     """
 
     prompt_ids: tuple[int, ...]
@@ -72,11 +76,18 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Score targets[i] as the token after ids[positions[i]]; positions may repeat, and do not fall."""
+    """Score each text as what comes after the prefix, whose last token is the one before a text's first.
 
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    targets: tuple[int, ...]
+    prefix_ids: at least one.  texts: token ids, none of them empty; they share the prefix's computation.
+    logprobs: None, or how many likeliest tokens are told of each place beside the one that is scored.
+    as_first: the first token of each text is scored as the first of a text that nothing stands before, as EasyLM does
+    it (the program `first`); the prefix is bos alone then.
+    """
+
+    prefix_ids: tuple[int, ...]
+    texts: tuple[tuple[int, ...], ...]
+    logprobs: int | None = None
+    as_first: bool = False
 
 
 Work = Generate | Score
@@ -118,8 +129,12 @@ class Generated(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The answer to a Score: of each target its log-probability in nats, and whether it is the likeliest."""
+    """The answer to a Score: the tokens of each text with their log-probabilities, whether each is the likeliest that
+    the tokenizer knows, and how many tokens of the prefix were in the slot already."""
 
-    log_probs: list[float]
-    greedy: list[bool]
+    texts: list[list[Token]]
+    greedy: list[list[bool]]
     cached_tokens: int
+
+
+Event = Delta | Generated | Scored | Exception
