@@ -36,9 +36,12 @@ from evaluation.client import Server
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
+from model.partition import check_rows, rows_unit
 from program import flags, parse, settings
 from program.model import describe, open_model, open_source
 from serving.engine import Engine
+from serving.programs import Programs, cast_weights
+from serving.texts import Texts
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
 
@@ -169,12 +172,24 @@ def open_engine(config, template: PromptTemplate, examples: list[Example], sourc
         raise Mistake(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
                          f'{most}: leave it out, or lower --sample_tokens')
     print(f'{config.load_checkpoint}: {describe(model)}')
-    params = model.load_params(config.seed)
-    engine = Engine(params, model.config, model.compute, model.tokenizer, model.mesh, batch_size=config.batch_size,
-                    input_length=max(lengths), seq_length=max(lengths) + new, add_bos_token=model.add_bos_token,
-                    seed=config.seed, score_buckets=4)
-    return Asked(engine.loglikelihood, lambda prompts, tokens, progress: [
-        generation.text for generation in engine.generate(prompts, 0.0, tokens, progress)], encode)
+    check_rows(config.batch_size, model.mesh, 'batch_size')
+    texts = Texts(model.tokenizer, model.config, input_length=max(lengths), seq_length=max(lengths) + new,
+                  add_bos_token=model.add_bos_token, template=template)
+    programs = Programs(model.config, model.compute, model.mesh, slots=config.batch_size // rows_unit(model.mesh),
+                        length=texts.seq_length, vocabulary=model.tokenizer.vocab_size,
+                        weight_dtype=config.weight_dtype, cache_dtype=config.cache_dtype)
+    params = cast_weights(model.load_params(config.seed), model.config, model.mesh, programs.weight_dtype)
+    engine = Engine(programs, params, model.tokenizer, seed=config.seed)
+
+    def loglikelihood(prefixes: list[str], answers: list[str], progress: Callable[[int], None]):
+        question = texts.loglikelihood(prefixes, answers)
+        return question.answer(engine.run(question.works, lambda index: progress(len(question.works[index].texts))))
+
+    def generate(prompts: list[str], tokens: int, progress: Callable[[int], None]) -> list[str]:
+        question = texts.generate(prompts, max_new_tokens=tokens)
+        return [answer.text for answer in question.answer(engine.run(question.works, lambda index: progress(1)))]
+
+    return Asked(loglikelihood, generate, encode)
 
 
 # ---------------------------------------------------------------- the evaluation

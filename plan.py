@@ -32,7 +32,7 @@ from model.config import Compute, LlamaConfig, named_config, updated
 from model.partition import check_rows, make_mesh, rows_unit
 from model.weights import check_divisible, weight_specs
 from program import flags, parse, settings
-from serving.engine import check_lengths
+from serving.texts import check_lengths
 from training.optimizer import AdamW, Hyperparameters, Palm
 from training.state import abstract_batch
 

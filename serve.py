@@ -26,12 +26,14 @@ from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from model.partition import check_rows
+from model.partition import check_rows, rows_unit
 from program import flags, parse, settings
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
-from serving.engine import PROGRAMS, Engine, check_beams, check_lengths
+from serving.engine import Engine
 from serving.followers import CallLine, follow
+from serving.programs import Programs, cast_weights
+from serving.texts import Texts, check_beams
 from serving.thread import EngineThread
 
 
@@ -43,7 +45,8 @@ def main(config) -> None:
     start_processes(config)
     load, compute = settings.read_load(config), settings.read_compute(config)
     if processes.index() > 0:
-        return follow(load_engine(config, open_model(load, compute)), warm_up, CallLine())
+        engine, _ = load_engine(config, open_model(load, compute))
+        return follow(engine, warm_up, config.num_beams, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
     listener = listen(config.lm_server.host, config.lm_server.port)
@@ -54,10 +57,10 @@ def main(config) -> None:
               f'{host}:{port} can use this model. --lm_server.host=127.0.0.1 serves this computer alone.', flush=True)
     with listener:
         model = open_model(load, compute)
-        engine = load_engine(config, model)
+        engine, texts = load_engine(config, model)
         started = time.monotonic()
         line = CallLine() if processes.count() > 1 else None
-        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, line)
+        thread = EngineThread(engine, config.lm_server.queue_size, warm_up, config.num_beams, line)
         server = uvicorn.Server(uvicorn.Config(make_app(thread, options), log_level='warning', access_log=False,
                                                http='h11', lifespan='off', server_header=False, limit_concurrency=512))
 
@@ -66,7 +69,7 @@ def main(config) -> None:
                 server.should_exit = True
             if not thread.ready:
                 return
-            print(f'compiled {engine.compilations} programs in {time.monotonic() - started:.1f} s\nready on '
+            print(f'compiled {engine.programs.compilations} programs in {time.monotonic() - started:.1f} s\nready on '
                   f'{url_of(host, port)}, for example\n  {curl_line(host, port, model.template)}', flush=True)
 
         thread.warm.add_done_callback(announce)
@@ -84,12 +87,16 @@ def main(config) -> None:
 # ---------------------------------------------------------------- flags
 
 
+ENDPOINTS = {'generate': ('prefill', 'decode'), 'greedy_until': ('prefill', 'decode'), 'chat': ('prefill', 'decode'),
+             'loglikelihood': ('score', 'first')}  # EasyLM's names -> programs
+
+
 def programs_of(pre_compile: str) -> tuple[str, ...]:
-    """--lm_server.pre_compile as names of PROGRAMS."""
-    names = PROGRAMS if pre_compile == 'all' else tuple(name.strip() for name in pre_compile.split(',') if name.strip())
-    if unknown := sorted(set(names) - set(PROGRAMS)):
-        raise Mistake(f'lm_server.{pre_compile=} names {unknown}: use a comma list of {" ".join(PROGRAMS)}; or all')
-    return names
+    """The programs that --lm_server.pre_compile means."""
+    names = ENDPOINTS if pre_compile == 'all' else [name.strip() for name in pre_compile.split(',') if name.strip()]
+    if unknown := sorted(set(names) - set(ENDPOINTS)):
+        raise Mistake(f'lm_server.{pre_compile=} names {unknown}: use a comma list of {" ".join(ENDPOINTS)}; or all')
+    return tuple(dict.fromkeys(program for name in names for program in ENDPOINTS[name]))
 
 
 def options_of(lm_server) -> Options:
@@ -140,9 +147,9 @@ def curl_line(host: str, port: int, template: PromptTemplate | None) -> str:
 # ---------------------------------------------------------------- the model
 
 
-def load_engine(config, model: Model) -> Engine:
-    """Checks what the engine needs, loads the weights, and says what was loaded."""
-    spec, path = config.load_checkpoint, config.tokenizer.vocab_file
+def load_engine(config, model: Model) -> tuple[Engine, Texts]:
+    """Check what the engine needs, load the weights, and say what was loaded."""
+    spec, path, server = config.load_checkpoint, config.tokenizer.vocab_file, config.lm_server
     if not spec:
         raise Mistake('load_checkpoint is empty: say which weights to serve (--load_checkpoint=TYPE::PATH)')
     own = model.source.tokenizer
@@ -151,17 +158,19 @@ def load_engine(config, model: Model) -> Engine:
                          'with and holds: leave --tokenizer.vocab_file away')
     processes.refuse_difference('the tokenizer and the model', f'{model.tokenizer.fingerprint} {model.config}',
                                 'give all processes the same files (--load_checkpoint, --tokenizer.vocab_file)')
-    check_lengths(config.input_length, config.seq_length, model.config)
-    check_rows(config.lm_server.batch_size, model.mesh, 'lm_server.batch_size')
+    texts = Texts(model.tokenizer, model.config, input_length=config.input_length, seq_length=config.seq_length,
+                  add_bos_token=model.add_bos_token, template=model.template)
+    check_rows(server.batch_size, model.mesh, 'lm_server.batch_size')
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
-    params = jax.block_until_ready(model.load_params(config.seed))
+    programs = Programs(model.config, model.compute, model.mesh, slots=server.batch_size // rows_unit(model.mesh),
+                        length=config.seq_length, vocabulary=model.tokenizer.vocab_size,
+                        answer_tokens=texts.max_new_tokens, weight_dtype=server.weight_dtype,
+                        cache_dtype=server.cache_dtype)
+    params = cast_weights(model.load_params(config.seed), model.config, model.mesh, programs.weight_dtype)
+    jax.block_until_ready(params)
     print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
-    return Engine(params, model.config, model.compute, model.tokenizer, model.mesh,
-                  batch_size=config.lm_server.batch_size, input_length=config.input_length,
-                  seq_length=config.seq_length, top_k=config.top_k, top_p=config.top_p,
-                  do_sample=config.do_sample, num_beams=config.num_beams, add_bos_token=model.add_bos_token,
-                  seed=config.seed)
+    return Engine(programs, params, model.tokenizer, seed=config.seed, prefix_reuse=server.prefix_reuse), texts
 
 
 if __name__ == '__main__':

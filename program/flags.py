@@ -148,6 +148,10 @@ MODEL = (  # common to every program that runs the network
 ADD_BOS_TOKEN = Flag('add_bos_token', None, 'begin each prompt with the bos token; not given: as the checkpoint was '
                      'trained, True where it does not say', kind=bool)
 
+WEIGHT_DTYPE = ('how the weights are kept: fp32, bf16, or int8 with a factor for each output channel, which also rounds '
+                'activations to int8 (model/quantized.py); empty for that of --dtype')
+CACHE_DTYPE = 'how keys and values are kept: fp32, bf16, or int8 with a factor for each head; empty for that of --dtype'
+
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
     Flag('labels', '', 'names of the labels 0, 1, .., as prepare_data.py takes them; empty: those of the checkpoint, '
          'or of labels_NAME.json beside a prepared NAME.jsonl, else those in the data'),
@@ -161,7 +165,9 @@ EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'spl
     Flag('samples', 6, 'reviews whose generated text is kept and shown; 0 for none', least=0),
     Flag('sample_tokens', 48, 'most tokens generated for such a sample (a server decides by itself)', least=1),
     Flag('max_new_tokens', 8, 'most tokens of an answer, method=generate (a server decides by itself)', least=1),
-    Flag('batch_size', 16, 'rows in a batch of the engine, or texts in a request to the server', least=1),
+    Flag('batch_size', 16, 'texts computed together (slots of the engine), or in a request to the server', least=1),
+    Flag('weight_dtype', '', WEIGHT_DTYPE, ('', 'fp32', 'bf16', 'int8')),
+    Flag('cache_dtype', '', CACHE_DTYPE, ('', 'fp32', 'bf16', 'int8')),
     ADD_BOS_TOKEN,
 )
 
@@ -344,10 +350,14 @@ SERVE = MODEL + (
     Flag('lm_server.host', '127.0.0.1', 'address to listen on (not 0.0.0.0 as EasyLM had it: there is no '
          'authentication, so everyone on the network would be let in)'),
     Flag('lm_server.port', 5007, 'port to listen on; 0 for any free one', least=0, most=65535),
-    Flag('lm_server.batch_size', 1, 'prompts computed together; a multiple of dp*fsdp of mesh_dim', least=1),
+    Flag('lm_server.batch_size', 16, "prompts computed together, whoever sent them: slots of the cache; a multiple of "
+         "dp*fsdp of mesh_dim (EasyLM's default is 1)", least=1),
+    Flag('lm_server.weight_dtype', '', WEIGHT_DTYPE, ('', 'fp32', 'bf16', 'int8')),
+    Flag('lm_server.cache_dtype', '', CACHE_DTYPE, ('', 'fp32', 'bf16', 'int8')),
+    Flag('lm_server.prefix_reuse', True, "do not compute the beginning of a prompt again that a slot still holds"),
     Flag('lm_server.logging', False, 'print each request and its answer; False prints nothing of them'),
-    Flag('lm_server.pre_compile', 'generate', 'what to compile before /ready: a comma list of generate, greedy_until, '
-         'chat, loglikelihood; all; or nothing, and the first requests wait'),
+    Flag('lm_server.pre_compile', 'all', 'what to compile before /ready: a comma list of generate, greedy_until, '
+         "chat, loglikelihood; all; or nothing, and the first requests wait (EasyLM's default is generate)"),
     Flag('lm_server.default_temperature', 1.0, 'of requests that name none; 0 is greedy', least=0, most=100),
     Flag('lm_server.greedy_until_max_length', 5000, 'most tokens of an answer of /greedy-until', least=1),
     Flag('lm_server.prepend_to_prefix', '', 'put before each prefix_text'),

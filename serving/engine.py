@@ -200,10 +200,10 @@ class Engine:
         """End what a request still waits for; its works are answered with Cancelled.  An unknown ticket is no error."""
         self._end_all(ticket, Cancelled())
 
-    def run(self, works: list[Work], progress: Callable[[int], None] = lambda done: None) -> list[Generated | Scored]:
+    def run(self, works: list[Work], progress: Callable[[int], None] = lambda index: None) -> list[Generated | Scored]:
         """Do works to their end: their results in order.  Raises what one of them raised.
 
-        progress(n): n more works are done.
+        progress(index): that work is done.
         """
         results: dict[int, Generated | Scored] = {}
         if not works:
@@ -214,7 +214,7 @@ class Engine:
                 raise event
             if not isinstance(event, Delta):
                 results[index] = event
-                progress(1)
+                progress(index)
 
         for work in works:
             self.check(work)

@@ -135,7 +135,7 @@ class Programs:
             self.compile('first', params, jax.ShapeDtypeStruct((1, 2), np.int32))
             yield
         for name in (name for name in names if name != 'first'):
-            for arguments in self._shapes(name):
+            for arguments in self.shapes(name):
                 self.compile(name, params, cache, *arguments)
                 yield
         if num_beams > 1:
@@ -145,7 +145,7 @@ class Programs:
                              static=self.beam_static(num_beams))
                 yield
 
-    def _shapes(self, name: str) -> list[tuple]:
+    def shapes(self, name: str) -> list[tuple]:
         """List the arguments of a program behind params and cache, of each of its shapes."""
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
         G, flag = self.groups, jax.ShapeDtypeStruct((), bool)
