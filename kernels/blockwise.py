@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.few_rows import as_many
+
 BLOCK = 128
 HIDDEN = -1e30  # finite: -inf - -inf is NaN
 
@@ -29,17 +31,16 @@ def cached_attention(q_BTHD, read, positions_BT, *, scale: float, kv_heads: int)
 
     def block(j, carry):
         m_BKQ, l_BKQ, o_BKQD = carry
-        places_S = j * BLOCK + jnp.arange(BLOCK)
+        places_1S = j * BLOCK + jnp.arange(BLOCK)[None]
         k_BSKD, v_BSKD = read(j * BLOCK, BLOCK)
-        seen_BS = places_S <= positions_BT[:, -1:]
+        seen_BS = places_1S <= positions_BT[:, -1:]
         v_BSKD = jnp.where(seen_BS[..., None, None], v_BSKD, 0).astype(jnp.float32)  # 0 * NaN is NaN
-        visible_B1QS = (places_S <= positions_BQ[..., None])[:, None]
+        visible_B1QS = (places_1S[None] <= positions_BQ[..., None])[:, None]
         s_BKQS = scores(q_BKQD, k_BSKD.astype(jnp.float32))
         s_BKQS = jnp.where(visible_B1QS, s_BKQS, HIDDEN)
-        new_BKQ = jnp.maximum(m_BKQ, s_BKQS.max(axis=-1))
-        p_BKQS = jnp.where(visible_B1QS, jnp.exp(s_BKQS - new_BKQ[..., None]), 0)
-        decay_BKQ = jnp.exp(m_BKQ - new_BKQ)
-        return (new_BKQ, l_BKQ * decay_BKQ + p_BKQS.sum(axis=-1),
+        visible_BKQS = jnp.broadcast_to(visible_B1QS, s_BKQS.shape)
+        new_BKQ, decay_BKQ, p_BKQS, sum_BKQ = as_many(soften, s_BKQS, visible_BKQS, m_BKQ)
+        return (new_BKQ, l_BKQ * decay_BKQ + sum_BKQ,
                 o_BKQD * decay_BKQ[..., None] + weighted(p_BKQS, v_BSKD))
 
     # built from q, so that shard_map knows them as different on each device, as the loop leaves them
@@ -48,6 +49,13 @@ def cached_attention(q_BTHD, read, positions_BT, *, scale: float, kv_heads: int)
     _, l_BKQ, o_BKQD = lax.fori_loop(0, positions_BT.max() // BLOCK + 1, block, (l_BKQ + HIDDEN, l_BKQ, o_BKQD))
     o_BKGTD = (o_BKQD / l_BKQ[..., None]).reshape(B, K, H // K, T, D)
     return o_BKGTD.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q_BTHD.dtype)
+
+
+def soften(s_BKQS, visible_BKQS, m_BKQ):
+    """Compute the new maximum, what the old sums are to be multiplied with, p and its sum."""
+    new_BKQ = jnp.maximum(m_BKQ, s_BKQS.max(axis=-1))
+    p_BKQS = jnp.where(visible_BKQS, jnp.exp(s_BKQS - new_BKQ[..., None]), 0)
+    return new_BKQ, jnp.exp(m_BKQ - new_BKQ), p_BKQS, p_BKQS.sum(axis=-1)
 
 
 def many_scores(q_BKQD, k_BSKD):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.few_rows import as_many
 from model import cache as kv_cache
 from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
@@ -175,9 +176,13 @@ def sum_partial(x_BTM: Array, run: Pass) -> Array:
 def rms_norm(x: Array, weight_M: Array, run: Pass) -> Array:
     """Compute x / sqrt(mean(x²) + eps) * weight over x's last dimension: float32 inside, x's dtype out."""
     weight_M = gather_weight(weight_M, 'M -> M', x, run.compute)
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + run.config.rms_norm_eps)
-    return x32.astype(x.dtype) * weight_M[None, None]
+
+    def normalized(x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + run.config.rms_norm_eps)
+        return x32.astype(x.dtype)
+
+    return (as_many(normalized, x) if x.shape[1] == 1 else normalized(x)) * weight_M[None, None]
 
 
 @functools.partial(jax.named_call, name='rope_table')

@@ -25,7 +25,7 @@ def logits(params: Llama, h_BPM: Array) -> Array:
     head = _head(params)
     if is_quantized(head) or head.dtype == h_BPM.dtype or head.shape[0] % NARROW_CHUNKS:
         return _logits(_whole_head(params, h_BPM), h_BPM)
-    # a server's bfloat16 weights in float32 computing: cast in the processor's cache, a part of the vocabulary at a time
+    # a server's bfloat16 weights in float32 computing: cast in the processor's cache, part after part of the vocabulary
     head_VM = all_gather(head, 'V/mp M/fsdp -> V/mp M')
     _, z_NBPC = lax.scan(lambda _, rows_CM: (None, _logits(rows_CM.astype(h_BPM.dtype), h_BPM)), None,
                          head_VM.reshape(NARROW_CHUNKS, -1, head_VM.shape[1]))

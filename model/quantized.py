@@ -1,10 +1,10 @@
 """Weights as int8: each output channel a float32 factor times whole numbers from -127 to 127, for serving.
 
-    y[o] = f[o] a Σ_i round(x[i] / a) q[i, o],       a = max_i |x[i]| / 127,       q = round(w / f),  f[o] = max_i |w[i, o]| / 127
+    y[o] = f[o] a Σ_i round(x[i] / a) q[i, o],   a = max_i |x[i]| / 127,   q = round(w / f),   f[o] = max_i |w[i, o]| / 127
 
 Activations are quantized a token at a time as they come, so that the product is one of int8 with int32 sums: exact, in
-whatever order and batch it is computed.  (Per-channel weights with dynamic activations: Google's "Integer quantization",
-arXiv 2004.09602.)  A quarter of float32's bytes are read for each token; what it costs in accuracy: docs/SERVING.md.
+whatever order and batch it is computed.  (Per-channel weights with dynamic activations: arXiv 2004.09602.)  A quarter
+of float32's bytes are read for each token; what it costs in accuracy: docs/SERVING.md.
 """
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ class Int8:
         whole = jnp.round(x / factor).astype(jnp.int8)
         sums = jax.lax.dot_general(whole, self.values, (((x.ndim - 1,), (contracted,)), ((), ())),
                                    preferred_element_type=jnp.int32)
-        return sums.astype(jnp.float32) * factor * self.factors
+        factors = self.factors.reshape((1,) * (x.ndim - 1) + (-1,))
+        return sums.astype(jnp.float32) * factor * factors
 
     def rows(self, index: Array) -> Array:
         """Look up rows of an embedding [V, M]: float32."""

@@ -56,7 +56,7 @@ class Pieces:
 
 @pytree
 class Chosen:
-    """What comes after each row: the token, its log-probability (of the model, before bias and temperature), whether all
+    """What comes after each row: the token, its log-probability (the model's, before bias and temperature), whether all
     logits were finite; top: the likeliest tokens with theirs, zeros where no row asked."""
 
     token_R: jax.Array
@@ -183,7 +183,7 @@ class Programs:
         return init_cache(self.config, self.slots + 1, self.length + PIECE, self.cache_dtype, lax.axis_size('mp'))
 
     def _through(self, params, cache: Cache, tokens_RC, slots_R, starts_R):
-        positions_RC = starts_R[:, None] + jnp.arange(tokens_RC.shape[1], dtype=jnp.int32)
+        positions_RC = starts_R[:, None] + jnp.arange(tokens_RC.shape[1], dtype=jnp.int32)[None]
         return hidden_states(params, tokens_RC, None, self.config, self.compute, positions_BT=positions_RC,
                              cache=cache, rows_B=slots_R)
 
@@ -209,7 +209,7 @@ class Programs:
 
     def _meant(self, z_RV):
         """Hide ids past the tokenizer's last (a vocabulary padded to a round size): they mean nothing."""
-        return jnp.where(jnp.arange(z_RV.shape[-1]) < self.vocabulary, z_RV, -jnp.inf)
+        return jnp.where(jnp.arange(z_RV.shape[-1])[None] < self.vocabulary, z_RV, -jnp.inf)
 
     def _top(self, z_RV, lse_R, tell):
         """Find the likeliest ids of each row and their log-probabilities; zeros unless `tell`."""
@@ -315,11 +315,11 @@ class Programs:
         factors = PartitionSpec(None, BATCH[0], None, 'mp', None) if self.cache_dtype == jnp.int8 else None
         cache = Cache(rows, rows, factors)
         pieces, chosen = Pieces(BATCH, BATCH, BATCH), Chosen(*[BATCH] * 5)
-        choice = Choice(*[BATCH] * 9)
+        choice, scores = Choice(*[BATCH] * 9), Scores(*[BATCH] * 5)
         return {
             'new_cache': (self._new_cache, (), cache, ()),
             'prefill': (self._prefill, (params, cache, pieces, BATCH, choice, everywhere), (cache, chosen), (1,)),
-            'score': (self._score, (params, cache, pieces, BATCH, BATCH, everywhere), (cache, Scores(*[BATCH] * 5)), (1,)),
+            'score': (self._score, (params, cache, pieces, BATCH, BATCH, everywhere), (cache, scores), (1,)),
             'decode': (self._decode, (params, cache, BATCH, BATCH, BATCH, choice, everywhere), (cache, chosen), (1,)),
             'first': (self._first, (params, everywhere), everywhere, ()),
             'beams': (lambda *arguments: self._beams(*arguments, *static),

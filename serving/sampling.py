@@ -1,12 +1,12 @@
 """Choose the next token from the logits: bias, then greedy, or temperature, top-k, top-p, min-p, and one draw.
 
-  z = (logits + bias) / temperature;   p = softmax(z), restricted to the top_k largest z, then to the smallest set of the
-  likeliest tokens whose probabilities (among those k) sum to at least top_p, then to p >= min_p * max p.
+  z = (logits + bias) / temperature;   p = softmax(z), restricted to the top_k largest z, then to the smallest set of
+  the likeliest tokens whose probabilities (among those k) sum to at least top_p, then to p >= min_p * max p.
   The token is argmax(z + g) over what is left, g = -log(-log(u)) drawn for each id of the vocabulary (Gumbel-max).
 
-temperature 0 is argmax(logits + bias).  The order is the one EasyLM's server had through Flax's generation (transformers
-4.31: temperature, top-k, top-p); min-p is arXiv 2407.01082's.  A row's draw depends on its own seed and position alone,
-because g belongs to (seed, position, id): neighbours, and what they ask for, change nothing.
+temperature 0 is argmax(logits + bias).  The order is the one EasyLM's server had through Flax's generation
+(transformers 4.31: temperature, top-k, top-p); min-p is arXiv 2407.01082's.  A row's draw depends on its own seed and
+position alone, because g belongs to (seed, position, id): neighbours, and what they ask for, change nothing.
 Next: serving/programs.py, which calls this behind the network.
 """
 import jax
@@ -63,16 +63,16 @@ def restrict(z_RV: jax.Array, choice: Choice, sort: int) -> jax.Array:
     """
     V = z_RV.shape[1]
     largest_RC, ids_RC = lax.top_k(z_RV, sort)
-    ranks_C = jnp.arange(sort)
-    k_R = jnp.where(choice.top_k_R > 0, jnp.minimum(choice.top_k_R, V), V)[:, None]
-    among_RC = jnp.where(ranks_C < k_R, largest_RC, -jnp.inf)
+    ranks_1C = jnp.arange(sort)[None]
+    k_R1 = jnp.where(choice.top_k_R > 0, jnp.minimum(choice.top_k_R, V), V)[:, None]
+    among_RC = jnp.where(ranks_1C < k_R1, largest_RC, -jnp.inf)
     p_RC = jax.nn.softmax(among_RC)
     before_RC = jnp.cumsum(p_RC, axis=-1) - p_RC
-    kept_R1 = (((before_RC < choice.top_p_R[:, None]) | (choice.top_p_R[:, None] >= 1)) & (ranks_C < k_R)).sum(
+    kept_R1 = (((before_RC < choice.top_p_R[:, None]) | (choice.top_p_R[:, None] >= 1)) & (ranks_1C < k_R1)).sum(
         axis=-1, keepdims=True)
     last_R1 = jnp.maximum(kept_R1, 1) - 1
     edge_R1, edge_id_R1 = (jnp.take_along_axis(x, last_R1, axis=-1) for x in (largest_RC, ids_RC))
-    inside_RV = (z_RV > edge_R1) | ((z_RV == edge_R1) & (jnp.arange(V) <= edge_id_R1))
+    inside_RV = (z_RV > edge_R1) | ((z_RV == edge_R1) & (jnp.arange(V)[None] <= edge_id_R1))
     filtered_R1 = (choice.top_k_R > 0)[:, None] | (choice.top_p_R < 1)[:, None]
     z_RV = jnp.where(inside_RV | ~filtered_R1, z_RV, -jnp.inf)
     floor_R1 = largest_RC[:, :1] + jnp.log(choice.min_p_R)[:, None]  # p / max p = exp(z - max z)

@@ -3,7 +3,6 @@
 A `Question` is the works that answer it, and how their results become the answer.  Who does the works (a thread behind
 HTTP, or `Engine.run` in one's own program) has no part in it, so both answer the same.
 """
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -55,7 +55,7 @@ class Generate:
     prompt_ids: as the model sees it, with bos; at least one.  max_new_tokens: most tokens of the answer.
     stop: texts before which the answer ends.  choices: token ids, EOS not included, of the only answers allowed.
     logprobs: None, or how many likeliest tokens are told of each place beside the chosen one.
-    ignore_eos: go on behind EOS.  truncated: the prompt lost its beginning before it came here (told again in the answer).
+    ignore_eos: go on behind EOS.  truncated: the prompt lost its beginning before it came here (told in the answer).
     window: 0, or so many new tokens after which the slot begins again with the last tokens of prompt and answer
     (EasyLM's /greedy-until, which has no end).  num_beams: above 1, a search with so many beams; greedy otherwise.
     streamed: somebody reads the tokens as they come (Delta).
@@ -103,8 +103,7 @@ class Token(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What was added to an answer: whole characters, and never the beginning of a stop text; the tokens so far not told.
-    """
+    """What was added to an answer: whole characters, never the beginning of a stop text; the tokens not told before."""
 
     text: str
     tokens: list[Token]
