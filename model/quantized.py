@@ -1,6 +1,6 @@
 """Weights as int8: each output channel a float32 factor times whole numbers from -127 to 127, for serving.
 
-    y[o] = f[o] a Σ_i round(x[i] / a) q[i, o],   a = max_i |x[i]| / 127,   q = round(w / f),   f[o] = max_i |w[i, o]| / 127
+    y[o] = f[o] a Σ_i round(x[i] / a) q[i, o],  a = max_i |x[i]| / 127,  q = round(w / f),  f[o] = max_i |w[i, o]| / 127
 
 Activations are quantized a token at a time as they come, so that the product is one of int8 with int32 sums: exact, in
 whatever order and batch it is computed.  (Per-channel weights with dynamic activations: arXiv 2004.09602.)  A quarter

@@ -56,7 +56,7 @@ class Pieces:
 
 @pytree
 class Chosen:
-    """What comes after each row: the token, its log-probability (the model's, before bias and temperature), whether all
+    """Hold what comes after each row: the token, its log-probability (the model's, before bias and temperature), whether all
     logits were finite; top: the likeliest tokens with theirs, zeros where no row asked."""
 
     token_R: jax.Array
@@ -68,7 +68,7 @@ class Chosen:
 
 @pytree
 class Scores:
-    """What is known of each scored token: its log-probability, whether it is the likeliest known id, whether all logits
+    """Hold what is known of each scored token: its log-probability, whether it is the likeliest known id, whether all logits
     were finite; top as in Chosen."""
 
     logprob_P: jax.Array
@@ -158,7 +158,7 @@ class Programs:
         return [(piece, ints(G * P), ints(G * P), flag) for R, piece in pieces for P in (FEW_TARGETS * R, PIECE * R)]
 
     def beam_static(self, num_beams: int) -> tuple[int, int, int]:
-        """What is compiled into `beams`: beams, most tokens of an answer, most of a prompt."""
+        """Say what is compiled into `beams`: beams, most tokens of an answer, most of a prompt."""
         return num_beams, self.answer_tokens, self.length - self.answer_tokens
 
     def beam_buckets(self) -> list[int]:

@@ -103,7 +103,7 @@ class Token(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What was added to an answer: whole characters, never the beginning of a stop text; the tokens not told before."""
+    """Tell what was added: whole characters, never the beginning of a stop text, and the tokens not told before."""
 
     text: str
     tokens: list[Token]

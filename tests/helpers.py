@@ -9,8 +9,12 @@ from jax.sharding import PartitionSpec
 from model import llama, loss
 from model.cache import init_cache
 from model.config import Compute, LlamaConfig
-from model.partition import BATCH, make_mesh
+from model.partition import BATCH, make_mesh, rows_unit
 from model.weights import partitions
+from serving.engine import Engine
+from serving.programs import Programs, cast_weights
+from serving.texts import Texts
+from serving.work import Sampling
 
 
 def compiler_knows(options: dict) -> dict:
@@ -79,3 +83,35 @@ def greedy(params, config, prompt_BT, count, mesh=None):
         return jnp.concatenate(out, axis=1)
 
     return on_mesh(decode, config, mesh)(params, prompt_BT)
+
+
+class Asker:
+    """An engine with the texts it is asked in; `params` and what follows as Engine, Programs and Texts take them."""
+
+    def __init__(self, params, config, compute, tokenizer, mesh, *, batch_size=4, input_length=64, seq_length=128,
+                 weight_dtype='', cache_dtype='', prefix_reuse=True, add_bos_token=True, seed=42):
+        self.texts = Texts(tokenizer, config, input_length=input_length, seq_length=seq_length,
+                           add_bos_token=add_bos_token)
+        self.programs = Programs(config, compute, mesh, slots=batch_size // rows_unit(mesh), length=seq_length,
+                                 vocabulary=tokenizer.vocab_size, answer_tokens=seq_length - input_length,
+                                 weight_dtype=weight_dtype, cache_dtype=cache_dtype)
+        self.params = cast_weights(params, config, mesh, self.programs.weight_dtype)
+        self.engine = Engine(self.programs, self.params, tokenizer, seed=seed, prefix_reuse=prefix_reuse)
+
+    def ask(self, question):
+        return question.answer(self.engine.run(question.works))
+
+    def generate(self, prompts, temperature=0.0, count=None, **fields):
+        sampling = fields.pop('sampling', Sampling(temperature))
+        return self.ask(self.texts.generate(prompts, sampling, count, **fields))
+
+    def greedy_until(self, *arguments):
+        return self.ask(self.texts.greedy_until(*arguments))
+
+    def loglikelihood(self, *arguments):
+        return self.ask(self.texts.loglikelihood(*arguments))
+
+    def tokens(self, temperature, prompts, count=12, **fields):
+        """The tokens of each answer, as if they were the engine's first."""
+        self.engine._works = 0
+        return [answer.token_ids for answer in self.generate(prompts, temperature, count, **fields)]
