@@ -5,7 +5,7 @@ import {describe, stream} from './server.js';
 
 export function setUpChat(info) {
   let stopper = null;
-  const said = [];  // {role, content, block}
+  const said = []; // {role, content, block}
 
   const buttons = () => {
     const idle = stopper === null;
@@ -13,17 +13,31 @@ export function setUpChat(info) {
     element('chat-stop').disabled = idle;
     element('chat-again').disabled = !idle || !said.length;
     element('chat-clear').disabled = !idle || !said.length;
-    element('transcript').ariaBusy = String(!idle);  // a screen reader waits for the whole answer
+    element('transcript').ariaBusy = String(!idle); // a screen reader waits for the whole answer
   };
 
   function show(role, content) {
-    const text = make('p', {className: 'text'}, content), meta = make('span', {className: 'hint'});
+    const text = make('p', {className: 'text'}, content),
+      meta = make('span', {className: 'hint'});
     const copier = make('button', {type: 'button', className: 'quiet', textContent: 'Copy'});
     copier.addEventListener('click', () => copy(copier, text.textContent));
-    const block = make('article', {className: `said ${role}`}, make('h3', {}, role === 'user' ? 'You' : 'Model'), text,
-                       make('div', {className: 'row'}, copier, meta));
+    const block = make(
+      'article',
+      {className: `said ${role}`},
+      make('h3', {}, role === 'user' ? 'You' : 'Model'),
+      text,
+      role === 'user' ? null : make('div', {className: 'row'}, copier, meta),
+    );
     element('transcript').append(block);
-    const entry = {role, block, text, meta, get content() { return text.textContent; }};
+    const entry = {
+      role,
+      block,
+      text,
+      meta,
+      get content() {
+        return text.textContent;
+      },
+    };
     said.push(entry);
     return entry;
   }
@@ -31,15 +45,25 @@ export function setUpChat(info) {
   /** Answer what was said last. */
   async function answer() {
     const system = element('system').value.trim();
-    const messages = [...system ? [{role: 'system', content: system}] : [], ...said.map(({role, content}) => ({role, content}))];
+    const messages = [
+      ...(system ? [{role: 'system', content: system}] : []),
+      ...said.map(({role, content}) => ({role, content})),
+    ];
     const entry = show('assistant', '');
     stopper = new AbortController();
     buttons();
     element('chat-error').hidden = true;
     element('chat-status').textContent = 'The model is writing …';
     try {
-      const found = await stream('v1/chat/completions', {model: info.model, messages, ...samplingOf(element('chat-sampling'))},
-                                 stopper.signal, text => { entry.text.textContent = text; follow(); });
+      const found = await stream(
+        'v1/chat/completions',
+        {model: info.model, messages, ...samplingOf(element('chat-sampling'))},
+        stopper.signal,
+        text => {
+          entry.text.textContent = text;
+          follow();
+        },
+      );
       entry.meta.textContent = describe(found);
     } catch (error) {
       if (error.name === 'AbortError') entry.meta.textContent = 'stopped';

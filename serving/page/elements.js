@@ -29,10 +29,12 @@ export async function copy(button, text) {
   } catch {
     button.textContent = 'Not allowed by the browser';
   }
-  setTimeout(() => { button.textContent = before; }, 1500);
+  setTimeout(() => {
+    button.textContent = before;
+  }, 1500);
 }
 
-export const percent = share => `${(100 * share).toFixed(1)} %`;
+export const percent = share => `${(100 * share).toFixed(1)}\u00a0%`;
 export const count = number => number.toLocaleString('en');
 export const several = (number, name) => `${count(number)} ${name}${number === 1 ? '' : 's'}`;
 
@@ -42,7 +44,10 @@ export function samplingOf(fieldset) {
   for (const input of fieldset.querySelectorAll('[data-field]')) {
     if (input.value === '') continue;
     if (input.dataset.field === 'stop') {
-      chosen.stop = input.value.split('\n').filter(Boolean).map(line => line.replaceAll('\\n', '\n'));
+      chosen.stop = input.value
+        .split('\n')
+        .filter(Boolean)
+        .map(line => line.replaceAll('\\n', '\n'));
     } else chosen[input.dataset.field] = input.valueAsNumber;
   }
   return chosen;
@@ -50,13 +55,34 @@ export function samplingOf(fieldset) {
 
 /** Fieldsets of the same controls, with names of their own for each tab. */
 export function samplingFields(tab) {
-  const fields = [['temperature', 'Temperature', 0, 100, 'any', 'default'], ['top_p', 'top_p', 0, 1, 'any', '1'],
-    ['top_k', 'top_k', 0, 1e9, 1, '0: off'], ['min_p', 'min_p', 0, 1, 'any', '0'],
-    ['max_tokens', 'Max tokens', 1, 1e9, 1, 'default'], ['seed', 'Seed', 0, Number.MAX_SAFE_INTEGER, 1, 'random']];
+  const fields = [
+    ['temperature', 'Temperature', 0, 100, 'any', 'default'],
+    ['top_p', 'top_p', 0, 1, 'any', '1'],
+    ['top_k', 'top_k', 0, 1e9, 1, '0: off'],
+    ['min_p', 'min_p', 0, 1, 'any', '0'],
+    ['max_tokens', 'Max tokens', 1, 1e9, 1, 'default'],
+    ['seed', 'Seed', 0, Number.MAX_SAFE_INTEGER, 1, 'random'],
+  ];
   return [
-    ...fields.map(([field, name, min, max, step, placeholder]) => make('label', {className: 'field', for: `${tab}-${field}`},
-      name, make('input', {id: `${tab}-${field}`, type: 'number', min, max, step, placeholder, 'data-field': field}))),
-    make('label', {className: 'field', for: `${tab}-stop`}, 'Stop texts, one a line',
-      make('textarea', {id: `${tab}-stop`, rows: 1, placeholder: '\\n is a line’s end', spellcheck: false, 'data-field': 'stop'})),
+    ...fields.map(([field, name, min, max, step, placeholder]) =>
+      make(
+        'label',
+        {className: 'field', for: `${tab}-${field}`},
+        name,
+        make('input', {id: `${tab}-${field}`, type: 'number', min, max, step, placeholder, 'data-field': field}),
+      ),
+    ),
+    make(
+      'label',
+      {className: 'field', for: `${tab}-stop`},
+      'Stop texts, one a line',
+      make('textarea', {
+        id: `${tab}-stop`,
+        rows: 1,
+        placeholder: '\\n: a line’s end',
+        spellcheck: false,
+        'data-field': 'stop',
+      }),
+    ),
   ];
 }

@@ -24,8 +24,14 @@ export function setUpGenerate(info) {
     element('generate-copy').disabled = true;
     element('generate-status').textContent = 'writing …';
     try {
-      const answer = await stream('v1/completions', {model: info.model, prompt, ...samplingOf(element('generate-sampling'))},
-                                  stopper.signal, text => { element('answer-text').textContent = text; });
+      const answer = await stream(
+        'v1/completions',
+        {model: info.model, prompt, ...samplingOf(element('generate-sampling'))},
+        stopper.signal,
+        text => {
+          element('answer-text').textContent = text;
+        },
+      );
       element('generate-status').textContent = describe(answer);
     } catch (error) {
       element('generate-status').textContent = error.name === 'AbortError' ? 'stopped' : '';

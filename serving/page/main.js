@@ -11,7 +11,8 @@ import {ask, keepKey, onKeyNeeded, wait} from './server.js';
 const system = matchMedia('(prefers-color-scheme: dark)');
 
 function showTheme() {
-  const chosen = localStorage.getItem('pallama-theme'), dark = chosen ? chosen === 'dark' : system.matches;
+  const chosen = localStorage.getItem('pallama-theme'),
+    dark = chosen ? chosen === 'dark' : system.matches;
   if (chosen) document.documentElement.dataset.theme = chosen;
   element('theme').textContent = dark ? 'Light' : 'Dark';
   element('theme').ariaLabel = `Change to ${dark ? 'light' : 'dark'} colours`;
@@ -26,7 +27,7 @@ showTheme();
 
 // ---------------------------------------------------------------- the key
 
-let key = null;  // {promise, resolve} while calls wait for one
+let key = null; // {promise, resolve} while calls wait for one
 
 onKeyNeeded((used, line) => {
   if (key === null) {
@@ -43,7 +44,7 @@ element('key-form').addEventListener('submit', event => {
   keepKey(element('key').value.trim());
   element('key').value = '';
   element('key-form').hidden = true;
-  element('main').focus();
+  element('model').focus();
   key.resolve();
   key = null;
 });
@@ -64,7 +65,8 @@ function choose(tab, focus = false) {
 for (const tab of tabs) {
   tab.addEventListener('click', () => choose(tab));
   tab.addEventListener('keydown', event => {
-    const shown = tabs.filter(other => !other.hidden), at = shown.indexOf(tab);
+    const shown = tabs.filter(other => !other.hidden),
+      at = shown.indexOf(tab);
     const next = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: shown.length - 1}[event.key];
     if (next === undefined) return;
     event.preventDefault();
@@ -88,14 +90,20 @@ function readable(parameters) {
 }
 
 function showInfo(info) {
-  const facts = [['Parameters', readable(info.parameters)], ['dtype', info.dtype], ['Platform', info.platform],
-    ['Lengths', `prompt ${count(info.input_length)}, all ${count(info.seq_length)} tokens`]];
+  const facts = [
+    ['Parameters', readable(info.parameters)],
+    ['dtype', info.dtype],
+    ['Platform', info.platform],
+    ['Lengths', `prompt ${count(info.input_length)}, all ${count(info.seq_length)} tokens`],
+  ];
   if (info.template) {
     facts.push(['Template', info.template.prompt.replaceAll('\n', '⏎')], ['Labels', info.template.labels.join(', ')]);
   } else facts.push(['Template', 'none']);
   element('model').textContent = info.model;
   document.title = `${info.model} · Pallama`;
-  element('facts').replaceChildren(...facts.map(([name, value]) => make('div', {}, make('dt', {}, name), make('dd', {}, String(value)))));
+  element('facts').replaceChildren(
+    ...facts.map(([name, value]) => make('div', {}, make('dt', {}, name), make('dd', {}, String(value)))),
+  );
   element('facts').hidden = false;
   element('notes').textContent = info.notes ?? '';
   element('notes').hidden = !info.notes;
@@ -118,13 +126,15 @@ async function begin() {
     }
   }
   showInfo(info);
-  for (const tab of ['generate', 'chat']) element(`${tab}-temperature`).placeholder = String(info.default_temperature ?? 'default');
+  for (const tab of ['generate', 'chat'])
+    element(`${tab}-temperature`).placeholder = String(info.default_temperature ?? 'default');
   setUpClassify(info);
   setUpGenerate(info);
   if (info.chat) {
     setUpChat(info);
     element('tab-chat').hidden = false;
   }
+  element('tabs').hidden = element('main').hidden = false;
   document.body.dataset.ready = 'yes';
 }
 

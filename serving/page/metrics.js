@@ -3,8 +3,10 @@
 /** [low, high]: Wilson's interval of the share correct / total; z = 1.96 makes it a 95 % interval. */
 export function wilson(correct, total, z = 1.96) {
   if (!(total >= 1) || correct < 0 || correct > total) throw new Error(`${correct} of ${total} is no share`);
-  const share = correct / total, spread = z * z / total, centre = share + spread / 2;
-  const half = z * Math.sqrt(share * (1 - share) / total + spread / (4 * total));
+  const share = correct / total,
+    spread = (z * z) / total,
+    centre = share + spread / 2;
+  const half = z * Math.sqrt((share * (1 - share)) / total + spread / (4 * total));
   // for 0 and for all correct, centre and half are equal but for rounding
   return [correct === 0 ? 0 : (centre - half) / (1 + spread), correct === total ? 1 : (centre + half) / (1 + spread)];
 }
@@ -16,14 +18,17 @@ export function confusion(pairs, classes) {
   return counts;
 }
 
-/** {precision, recall, f1, support} of each class; a share of nothing is null, and f1 then 0 (null without any case). */
+/** {precision, recall, f1, support} of each class; a share of nothing is null. */
 export function scores(counts) {
   return counts.map((row, label) => {
-    const right = row[label], support = row.reduce((sum, n) => sum + n, 0);
+    const right = row[label],
+      support = row.reduce((sum, n) => sum + n, 0);
     const said = counts.reduce((sum, other) => sum + other[label], 0);
     return {
-      precision: said ? right / said : null, recall: support ? right / support : null,
-      f1: said + support ? 2 * right / (said + support) : null, support,
+      precision: said ? right / said : null,
+      recall: support ? right / support : null,
+      f1: said + support ? (2 * right) / (said + support) : null,
+      support,
     };
   });
 }
@@ -32,6 +37,10 @@ export function scores(counts) {
 export function coverage(answers, threshold) {
   const sure = answers.filter(answer => answer.probability >= threshold);
   const judged = sure.filter(answer => answer.gold !== null);
-  return {sure: sure.length, total: answers.length, judged: judged.length,
-          correct: judged.filter(answer => answer.gold === answer.predicted).length};
+  return {
+    sure: sure.length,
+    total: answers.length,
+    judged: judged.length,
+    correct: judged.filter(answer => answer.gold === answer.predicted).length,
+  };
 }

@@ -10,22 +10,29 @@ export class ServerError extends Error {
   }
 }
 
-let askForKey = null;  // () -> promise of a key
+let askForKey = null; // () -> promise of a key
 
 /** Say who asks the reader for a key. */
-export const onKeyNeeded = ask => { askForKey = ask; };
+export const onKeyNeeded = ask => {
+  askForKey = ask;
+};
 export const keepKey = key => sessionStorage.setItem(KEY, key);
 
 /** The response to a GET, or to a POST of `body`; a 401 asks for the key and tries again. */
 export async function send(path, {body, signal} = {}) {
   for (;;) {
-    const headers = {}, key = sessionStorage.getItem(KEY);
+    const headers = {},
+      key = sessionStorage.getItem(KEY);
     if (key) headers.Authorization = `Bearer ${key}`;
     if (body !== undefined) headers['Content-Type'] = 'application/json';
     let response;
     try {
-      response = await fetch(path, {method: body === undefined ? 'GET' : 'POST', headers, signal,
-                                    body: body === undefined ? undefined : JSON.stringify(body)});
+      response = await fetch(path, {
+        method: body === undefined ? 'GET' : 'POST',
+        headers,
+        signal,
+        body: body === undefined ? undefined : JSON.stringify(body),
+      });
     } catch (error) {
       if (error.name === 'AbortError') throw error;
       throw new ServerError(0, 'the server does not answer');
@@ -35,7 +42,11 @@ export async function send(path, {body, signal} = {}) {
     const line = errorLine(refusal) ?? (response.statusText || 'no reason given');
     if (response.status !== 401) {
       const retryAfter = Number(response.headers.get('Retry-After') ?? NaN);
-      throw new ServerError(response.status, `${response.status}: ${line}`, Number.isFinite(retryAfter) ? retryAfter : null);
+      throw new ServerError(
+        response.status,
+        `${response.status}: ${line}`,
+        Number.isFinite(retryAfter) ? retryAfter : null,
+      );
     }
     await abortable(askForKey(key, line), signal);
   }
@@ -63,8 +74,10 @@ export const wait = (seconds, signal) => abortable(new Promise(resolve => setTim
 
 /** The data of each event of a stream; a character that is cut between two pieces is put together. */
 export async function* events(response) {
-  const decoder = new TextDecoder('utf-8'), reader = response.body.getReader();
-  let rest = '', data = [];
+  const decoder = new TextDecoder('utf-8'),
+    reader = response.body.getReader();
+  let rest = '',
+    data = [];
   try {
     for (;;) {
       const {value, done} = await reader.read();
@@ -90,18 +103,36 @@ export async function* events(response) {
  * tokens: of the answer, as the server counts them (null where it does not).  first: seconds to the first piece.
  */
 export async function stream(path, body, signal, onText) {
-  const begin = performance.now(), response = await send(path, {signal, body: {
-    ...body, stream: true, stream_options: {include_usage: true}}});
-  let text = '', reason = null, tokens = null, pieces = 0, first = null, ended = false;
+  const begin = performance.now(),
+    response = await send(path, {signal, body: {...body, stream: true, stream_options: {include_usage: true}}});
+  let text = '',
+    reason = null,
+    tokens = null,
+    pieces = 0,
+    first = null,
+    ended = false;
   const seconds = () => (performance.now() - begin) / 1000;
   for await (const data of events(response)) {
-    if (data === '[DONE]') { ended = true; break; }
+    if (data === '[DONE]') {
+      ended = true;
+      break;
+    }
     let piece;
-    try { piece = JSON.parse(data); } catch { throw new ServerError(0, 'the stream holds what is no JSON'); }
-    const failed = piece.error !== undefined ? errorLine(piece) ?? 'the answer failed' : null;
+    try {
+      piece = JSON.parse(data);
+    } catch {
+      throw new ServerError(0, 'the stream holds what is no JSON');
+    }
+    const failed = piece.error !== undefined ? (errorLine(piece) ?? 'the answer failed') : null;
     if (failed) throw new ServerError(0, failed);
-    const choice = piece.choices?.[0], more = choice?.delta?.content ?? choice?.text ?? '';
-    if (more) { first ??= seconds(); pieces += 1; text += more; onText(text); }
+    const choice = piece.choices?.[0],
+      more = choice?.delta?.content ?? choice?.text ?? '';
+    if (more) {
+      first ??= seconds();
+      pieces += 1;
+      text += more;
+      onText(text);
+    }
     reason = choice?.finish_reason ?? reason;
     tokens = piece.usage?.completion_tokens ?? tokens;
   }
