@@ -412,6 +412,28 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(opened, tmp_path, name, 
 
 
 @browser
+def test_a_file_can_be_dropped(opened):
+    opened.js('''
+      const dropped = new DataTransfer();
+      dropped.items.add(new File(['text\\nfine\\n'], 'dropped.csv'));
+      document.querySelector('#drop').dispatchEvent(new DragEvent('drop', {dataTransfer: dropped, cancelable: true}))''')
+    opened.until(lambda: opened.shown('#loaded'))
+    assert opened.text('#file-name') == 'dropped.csv' and opened.text('#file-rows') == '1 text, without labels'
+
+
+@browser
+def test_rows_and_progress_come_while_it_runs(opened, server, tmp_path):
+    (tmp_path / 'a.csv').write_text('text,label\n' + ''.join(f'fine {n},{n % 2}\n' for n in range(40)))
+    server.probability = lambda text: time.sleep(0.05) or 0.9
+    opened.choose_files(tmp_path / 'a.csv')
+    opened.click('#run')
+    opened.until(lambda: 0 < len(opened.texts('#row-list tr')) < 40)
+    assert 0 < float(opened.find('#progress').get_attribute('value')) < 40 and opened.shown('#gold-card')
+    opened.until(lambda: opened.find('#run').is_enabled())
+    assert opened.texts('#row-list .index') == [str(n + 1) for n in range(40)]
+
+
+@browser
 def test_a_column_can_be_chosen(opened, server, tmp_path):
     (tmp_path / 'a.csv').write_text('first,second,third\n1,fine,x\n')
     opened.choose_files(tmp_path / 'a.csv')
@@ -532,6 +554,18 @@ def test_generated_text_streams_with_what_was_set(opened, server):
 
 
 @browser
+def test_generation_stops(opened, server):
+    server.gate = threading.Event()
+    opened.click('#tab-generate')
+    opened.fill('#prefix', 'Once')
+    opened.click('#generate-run')
+    opened.until(lambda: opened.text('#answer-text') == ''.join(PIECES[:2]))
+    opened.click('#generate-stop')
+    opened.until(lambda: opened.text('#generate-status') == 'stopped')
+    assert server.left.wait(5) and opened.find('#generate-run').is_enabled() and not opened.shown('#generate-error')
+
+
+@browser
 def test_a_stream_that_is_refused_or_breaks_off_is_told(opened, server):
     opened.click('#tab-generate')
     opened.fill('#prefix', 'Once')
@@ -588,6 +622,8 @@ def test_tabs_go_by_arrows_and_every_control_has_a_name(opened):
     opened.driver.switch_to.active_element.send_keys(END)
     assert opened.shown('#chat') and not opened.shown('#generate')
     opened.js('document.querySelectorAll("details").forEach(found => { found.open = true })')
+    ids = opened.js('return [...document.querySelectorAll("[id]")].map(found => found.id)')
+    assert len(ids) == len(set(ids))
     for tab in 'classify', 'generate', 'chat':
         opened.click(f'#tab-{tab}')
         for control in opened.driver.find_elements(
@@ -631,7 +667,7 @@ def test_colours_can_be_read_in_light_and_dark(opened, tmp_path):
     assert grounds[0] != grounds[1] and opened.js(ground) == grounds[0]
     opened.click('#theme')
     opened.driver.refresh()
-    assert opened.js(ground) == grounds[1]
+    opened.until(lambda: opened.js(ground) == grounds[1])
 
 
 @browser

@@ -24,7 +24,7 @@ export function setUpChat(info) {
     const block = make(
       'article',
       {className: `said ${role}`},
-      make('h3', {}, role === 'user' ? 'You' : 'Model'),
+      make('h2', {}, role === 'user' ? 'You' : 'Model'),
       text,
       role === 'user' ? null : make('div', {className: 'row'}, copier, meta),
     );

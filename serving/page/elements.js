@@ -74,10 +74,10 @@ export function samplingFields(tab) {
     ),
     make(
       'label',
-      {className: 'field', for: `${tab}-stop`},
+      {className: 'field', for: `${tab}-stops`},
       'Stop texts, one a line',
       make('textarea', {
-        id: `${tab}-stop`,
+        id: `${tab}-stops`,
         rows: 1,
         placeholder: '\\n: a line’s end',
         spellcheck: false,
