@@ -378,7 +378,9 @@ def test_what_prepare_data_writes_is_read(opened, server, tmp_path):
     examples, template = [Example('a fine film', 1), Example('dull\n[Sentiment]: no', 0)], PromptTemplate()
     for name, text in file_contents('test', examples, template, ['text', 'prompt', 'answer'], {}).items():
         (tmp_path / name).write_text(text)
+    (tmp_path / 'bare.jsonl').write_text(file_contents('bare', examples, template, ['text'], {})['bare.jsonl'])
     for names, gold in ((['eval_test.json'], ['–', '–']), (['test.jsonl'], ['Positive', 'Negative']),
+                        (['bare.jsonl'], ['Positive', 'Negative']),
                         (['eval_test.json', 'labels_test.json'], ['Positive', 'Negative'])):
         server.bodies.clear()
         opened.choose_files(*(tmp_path / name for name in names))
@@ -416,7 +418,8 @@ def test_a_file_can_be_dropped(opened):
     opened.js('''
       const dropped = new DataTransfer();
       dropped.items.add(new File(['text\\nfine\\n'], 'dropped.csv'));
-      document.querySelector('#drop').dispatchEvent(new DragEvent('drop', {dataTransfer: dropped, cancelable: true}))''')
+      document.querySelector('#drop').dispatchEvent(
+        new DragEvent('drop', {dataTransfer: dropped, cancelable: true}))''')
     opened.until(lambda: opened.shown('#loaded'))
     assert opened.text('#file-name') == 'dropped.csv' and opened.text('#file-rows') == '1 text, without labels'
 
@@ -707,7 +710,10 @@ def test_intervals_are_evaluate_s(opened):
 
 @browser
 def test_a_share_of_nothing_is_no_number(opened):
-    found = opened.js('return import("/page/metrics.js").then(found => found.scores([[2, 0, 0], [1, 0, 0], [0, 0, 0]]))')
+    found = opened.js('''
+      const {scores} = await import("/page/metrics.js");
+      return scores([[2, 0, 0], [1, 0, 0], [0, 0, 0]]).map(score => Object.fromEntries(
+        Object.entries(score).map(([name, value]) => [name, Number.isNaN(value) ? "NaN" : value])));''')
     assert found == [{'precision': pytest.approx(2 / 3), 'recall': 1, 'f1': 0.8, 'support': 2},
                      {'precision': None, 'recall': 0, 'f1': 0, 'support': 1},
                      {'precision': None, 'recall': None, 'f1': None, 'support': 0}]
