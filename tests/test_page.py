@@ -584,6 +584,7 @@ def test_a_stream_that_is_refused_or_breaks_off_is_told(opened, server):
 
 @browser
 def test_a_conversation_goes_on_and_again(opened, server):
+    opened.driver.set_window_size(600, 600)  # the conversation is longer than its frame
     opened.click('#tab-chat')
     opened.js('document.querySelector("#chat details").open = true')
     opened.fill('#system', 'Be brief.')
@@ -598,6 +599,9 @@ def test_a_conversation_goes_on_and_again(opened, server):
     opened.click('#chat-run')
     opened.until(lambda: len(server.bodies) == 3 and done())
     asked = [body.pop('messages') for _, body in server.bodies]
+    opened.until(lambda: opened.js('const log = document.querySelector("#transcript");'  # the end is in sight
+                                   'return log.scrollTop > 0 && '
+                                   'log.scrollHeight - log.scrollTop - log.clientHeight < 2'), 3)
     assert [body for _, body in server.bodies] == 3 * [  # fields that are empty are left out
         {'model': INFO['model'], 'stream': True, 'stream_options': {'include_usage': True}}]
     first = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hello'}]

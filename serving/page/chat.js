@@ -74,6 +74,7 @@ export function setUpChat(info) {
       }
       if (!entry.content) forget(entry);
     }
+    follow();
     element('chat-status').textContent = '';
     stopper = null;
     buttons();
