@@ -21,8 +21,8 @@ def cached_attention(q_BTHD, read, positions_BT, *, scale: float, kv_heads: int)
     read(start, count) -> k_BSKD, v_BSKD of `count` places from `start` on; it must reach a multiple of BLOCK past the
     last position.  What stands in places that a row does not see is never used, be it NaN.
     """
-    B, T, H, D = q_BTHD.shape
-    K = kv_heads
+    (B, T, H, D), K = q_BTHD.shape, kv_heads
+    scores, weighted = (few_scores, few_weighted) if T == 1 else (many_scores, many_weighted)
     q_BKQD = (q_BTHD.astype(jnp.float32) * scale).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(
         B, K, H // K * T, D)
     positions_BQ = jnp.tile(positions_BT, (1, H // K))
@@ -34,13 +34,13 @@ def cached_attention(q_BTHD, read, positions_BT, *, scale: float, kv_heads: int)
         seen_BS = places_S <= positions_BT[:, -1:]
         v_BSKD = jnp.where(seen_BS[..., None, None], v_BSKD, 0).astype(jnp.float32)  # 0 * NaN is NaN
         visible_B1QS = (places_S <= positions_BQ[..., None])[:, None]
-        s_BKQS = jnp.einsum('BKQD,BSKD->BKQS', q_BKQD, k_BSKD.astype(jnp.float32))
+        s_BKQS = scores(q_BKQD, k_BSKD.astype(jnp.float32))
         s_BKQS = jnp.where(visible_B1QS, s_BKQS, HIDDEN)
         new_BKQ = jnp.maximum(m_BKQ, s_BKQS.max(axis=-1))
         p_BKQS = jnp.where(visible_B1QS, jnp.exp(s_BKQS - new_BKQ[..., None]), 0)
         decay_BKQ = jnp.exp(m_BKQ - new_BKQ)
         return (new_BKQ, l_BKQ * decay_BKQ + p_BKQS.sum(axis=-1),
-                o_BKQD * decay_BKQ[..., None] + jnp.einsum('BKQS,BSKD->BKQD', p_BKQS, v_BSKD))
+                o_BKQD * decay_BKQ[..., None] + weighted(p_BKQS, v_BSKD))
 
     # built from q, so that shard_map knows them as different on each device, as the loop leaves them
     o_BKQD = jnp.zeros_like(q_BKQD) + 0 * q_BKQD
@@ -48,3 +48,24 @@ def cached_attention(q_BTHD, read, positions_BT, *, scale: float, kv_heads: int)
     _, l_BKQ, o_BKQD = lax.fori_loop(0, positions_BT.max() // BLOCK + 1, block, (l_BKQ + HIDDEN, l_BKQ, o_BKQD))
     o_BKGTD = (o_BKQD / l_BKQ[..., None]).reshape(B, K, H // K, T, D)
     return o_BKGTD.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q_BTHD.dtype)
+
+
+def many_scores(q_BKQD, k_BSKD):
+    """Multiply matrices: for the queries of many tokens."""
+    return jnp.einsum('BKQD,BSKD->BKQS', q_BKQD, k_BSKD)
+
+
+def many_weighted(p_BKQS, v_BSKD):
+    """Multiply matrices: for the queries of many tokens."""
+    return jnp.einsum('BKQS,BSKD->BKQD', p_BKQS, v_BSKD)
+
+
+def few_scores(q_BKQD, k_BSKD):
+    """Multiply and sum: for one token's queries a matrix product would first copy the keys into another order, which on
+    a CPU takes three times as long."""
+    return (q_BKQD.swapaxes(1, 2)[:, None] * k_BSKD[:, :, None]).sum(axis=-1).transpose(0, 3, 2, 1)
+
+
+def few_weighted(p_BKQS, v_BSKD):
+    """Multiply and sum, as `few_scores`."""
+    return (p_BKQS.transpose(0, 3, 2, 1)[..., None] * v_BSKD[:, :, None]).sum(axis=1).swapaxes(1, 2)

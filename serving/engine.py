@@ -44,7 +44,7 @@ from serving.work import (
     Work,
 )
 
-PIECES_BESIDE_A_STREAM = 4  # in one tick: 128 tokens, after which a reader's next token comes
+PIECES_BESIDE_A_STREAM = 8  # in one tick: 128 tokens, after which a reader's next token comes
 PROGRAMS = ('prefill', 'decode', 'score', 'first')
 DAMAGED = 'logits are not finite: the weights may be damaged'
 OnEvent = Callable[[int, Event], None]

@@ -38,11 +38,11 @@ from serving import beams
 from serving.sampling import Choice, choose
 from serving.work import MAX_LISTED, MAX_LOGPROBS
 
-PIECE = 32  # tokens of a prompt that are computed as one row
-MOST_PIECES = 16  # in one program, of each group: 512 tokens
+PIECE = 16  # tokens of a prompt that are computed as one row
+MOST_PIECES = 32  # in one program, of each group: 512 tokens
 FEW_TARGETS = 4  # of each piece, where few are scored
 PLACES_AT_ONCE = 64  # whose logits exist together while scoring
-SMALLEST_ROWS = 2
+FEWEST_ROWS, FEWEST_PIECES = 2, 4  # see above
 
 
 @pytree
@@ -78,9 +78,9 @@ class Scores:
     top_logprob_PN: jax.Array
 
 
-def sizes(most: int) -> list[int]:
-    """List the powers of two from SMALLEST_ROWS that hold up to `most` rows."""
-    found = [SMALLEST_ROWS]
+def sizes(least: int, most: int) -> list[int]:
+    """List `least` times powers of two, as many as it takes to hold `most` rows."""
+    found = [least]
     while found[-1] < most:
         found.append(2 * found[-1])
     return found
@@ -123,11 +123,11 @@ class Programs:
 
     def rows_for(self, count: int) -> int:
         """Return how many rows a group's decode has for `count` sequences of it."""
-        return self.slots + 1 if self.whole else next(n for n in sizes(self.slots) if n >= count)
+        return self.slots + 1 if self.whole else next(n for n in sizes(FEWEST_ROWS, self.slots) if n >= count)
 
     def pieces_for(self, count: int) -> int:
         """Return how many rows a group's prefill or score has for `count` pieces of it."""
-        return next(n for n in sizes(MOST_PIECES) if n >= count)
+        return next(n for n in sizes(FEWEST_PIECES, MOST_PIECES) if n >= count)
 
     def warm_up(self, params, cache, names: tuple[str, ...], num_beams: int = 1) -> Iterator[None]:
         """Compile, without running, every shape of the named programs; yields after each."""
@@ -150,9 +150,9 @@ class Programs:
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
         G, flag = self.groups, jax.ShapeDtypeStruct((), bool)
         if name == 'decode':
-            every = [self.slots + 1] if self.whole else sizes(self.slots)
+            every = [self.slots + 1] if self.whole else sizes(FEWEST_ROWS, self.slots)
             return [(ints(G * R), ints(G * R), ints(G * R), self.choice_shape(G * R), flag) for R in every]
-        pieces = [(R, Pieces(ints(G * R, PIECE), ints(G * R), ints(G * R))) for R in sizes(MOST_PIECES)]
+        pieces = [(R, Pieces(ints(G * R, PIECE), ints(G * R), ints(G * R))) for R in sizes(FEWEST_PIECES, MOST_PIECES)]
         if name == 'prefill':
             return [(piece, ints(G * R), self.choice_shape(G * R), flag) for R, piece in pieces]
         return [(piece, ints(G * P), ints(G * P), flag) for R, piece in pieces for P in (FEW_TARGETS * R, PIECE * R)]
