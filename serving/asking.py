@@ -17,9 +17,8 @@ from starlette.responses import Response
 
 from mistake import Mistake
 from serving.guard import openai_error
-from serving.metrics import Metrics, Tally, tally_of
-from serving.work import (Cancelled, Delta, EngineFailed, Event, Generate, Generated, QueueFull, RequestError, Scored,
-                          Work)
+from serving.metrics import Metrics, tally_of
+from serving.work import Cancelled, Delta, EngineFailed, Event, Generate, Generated, QueueFull, Scored, Work
 
 FAILED = "the engine failed and takes no more requests; the server's log says why"
 STOPPING = 'the server is stopping'
@@ -191,6 +190,3 @@ def json_bytes(value) -> bytes:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())['type'] != 'http.disconnect':
         pass
-
-
-__all__ = ['Asking', 'EventStream', 'FAILED', 'Refused', 'RequestError', 'STOPPING', 'Tally', 'json_bytes']
