@@ -36,7 +36,7 @@ from serving.asking import Asking, Refused
 from serving.chat import ChatTemplate, Message
 from serving.text_stream import BROKEN, TextStream
 from serving.texts import Texts
-from serving.work import MAX_LISTED, MAX_LOGPROBS, Delta, Event, Generate, Generated, Sampling, Score, Token
+from serving.work import MAX_LISTED, MAX_LOGPROBS, Delta, Event, Generate, Generated, Sampling, Token
 
 MAX_PROMPTS, MAX_N, MAX_MESSAGES = 64, 4, 1024
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICE_LENGTH = 8, 64, 1_000
