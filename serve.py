@@ -5,9 +5,9 @@ formats); and a page to try it by hand.
   python serve.py --load_checkpoint=runs/tuned --input_length=1024 --seq_length=1152
   python serve.py --load_llama_config=3b --load_checkpoint=params::PATH --tokenizer.vocab_file=tokenizer.model
 
-Ctrl-C or SIGTERM finishes the requests that are running or waiting, for at most --lm_server.drain_seconds, while new ones
-are answered 503, and ends with exit code 0; a second one ends at once.  Exit code 1 says that the engine failed, 2 that
-flags or files are wrong.
+Ctrl-C or SIGTERM finishes the requests that are running or waiting, for at most --lm_server.drain_seconds, while new
+ones are answered 503, and ends with exit code 0; a second one ends at once.  Exit code 1 says that the engine failed, 2
+that flags or files are wrong.
 
 Several processes (hosts) serve one model together with --jax_distributed.initialize_jax_distributed=True and otherwise
 the same flags: process 0 has the port, the log and the signals, the others follow it (serving/followers.py).

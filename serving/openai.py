@@ -11,7 +11,7 @@ What is as in OpenAI's API is not described here.  What is not:
   and not used.  `model` may be left out.
 - temperature is --lm_server.default_temperature where none is given; nothing is cut off by top_k where none is given.
 - Caps: n 4, stop 8 texts of 64 characters, logprobs and top_logprobs 20 (OpenAI: 5), logit_bias 64, 64 prompts.
-- max_tokens=0 with echo and logprobs scores the prompt.  top_logprobs of a place always hold the token that stands there.
+- max_tokens=0 with echo and logprobs scores the prompt.  top_logprobs always hold the token that stands there.
 - A token that is no text of its own (half a character, a control token) is called token_id:N.
 - With a seed the k-th of n answers has seed + k.
 - From vLLM: top_k, min_p, ignore_eos, structured_outputs {"choice": [str]}, of which one comes out and nothing else.
@@ -95,7 +95,7 @@ class Sampled(Body):
     frequency_penalty: Zero = None
     ignore_eos: maybe(bool, 'true or false') = None
     structured_outputs: Annotated[StructuredOutputs | None, Field(
-        description=f'{{"choice": [1 to {MAX_LISTED} strings of 1 to {MAX_CHOICE_LENGTH} characters]}}, or null')] = None
+        description=f'{{"choice": [1 to {MAX_LISTED} strings of 1 to {MAX_CHOICE_LENGTH} characters]}}')] = None
     stream: maybe(bool, 'true or false') = None
     stream_options: Annotated[StreamOptions | None, Field(description='{"include_usage": true or false}')] = None
     user: maybe(Text, 'a string (not used)', max_length=1000) = None
