@@ -78,7 +78,7 @@ class StructuredOutputs(Body):
 class Sampled(Body):
     """What completions and chats have in common."""
 
-    model: maybe(str, "the name that /v1/models tells", max_length=1000) = None
+    model: maybe(str, 'the name that /v1/models tells', max_length=1000) = None
     temperature: number(0, 100) = None
     top_p: maybe(float, 'a number above 0, at most 1', gt=0, le=1, allow_inf_nan=False) = None
     top_k: maybe(int, 'a whole number, 0 or -1 for all', ge=-1, le=MAX_ID) = None

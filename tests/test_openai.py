@@ -139,8 +139,8 @@ def test_a_choice_is_the_only_thing_that_can_come_out(client, thread, texts):
     assert client.post('/v1/completions', json=body).json()['choices'][0]['text'] == 'the film'
     work, = thread.works
     assert len(work.choices) == 2 and work.max_new_tokens == max(map(len, work.choices))
-    for more, field in (({'max_tokens': 1}, 'max_tokens'), ({'stop': 'x'}, 'stop'), ({'ignore_eos': True}, 'ignore_eos')):
-        answer = client.post('/v1/completions', json=body | more)
+    for field, value in (('max_tokens', 1), ('stop', 'x'), ('ignore_eos', True)):
+        answer = client.post('/v1/completions', json=body | {field: value})
         assert (answer.status_code, answer.json()['error']['param']) == (400, field)
 
 
