@@ -8,7 +8,7 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: help quickstart quickstart-full test test-long test-oracle test-tpu compile-tpu benchmark-tpu benchmark-cpu lint figures readme model assets
+.PHONY: help quickstart quickstart-full test test-long test-oracle test-tpu test-browser compile-tpu benchmark-tpu benchmark-cpu lint figures readme model assets
 
 help:  ## this list
 	@sed -n 's/^\([a-z -]*\):.*## *\(.*\)/  make \1#\2/p' Makefile | \
@@ -41,7 +41,7 @@ quickstart-full: assets  ## the same with one epoch of all 8,485 training review
 	PYTHON=$(BIN)/python RUN=$(RUNS)/quickstart-full MODEL='$(MODEL)' REVIEWS='$(REVIEWS)' RECIPE=configs/quickstart_full.py \
 	  GO_ON='make quickstart-full' sh quickstart.sh
 
-test: $(VENV)/installed-test model  ## the tests, but for those of the three targets below
+test: $(VENV)/installed-test model  ## the tests, but for those of the four targets below
 	@echo "== running the tests, one process a core"
 	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
@@ -54,6 +54,9 @@ test-oracle: $(VENV)/installed-oracle  ## what we write, read by transformers it
 
 test-tpu: $(VENV)/installed-test $(VENV)/installed-tpu  ## kernels and steps through the TPU compiler, without a TPU (installs libtpu, 700 MB)
 	$(BIN)/python -m pytest -m libtpu
+
+test-browser: $(VENV)/installed-browser  ## the server's page in a headless Chromium (needs chromium and chromedriver)
+	$(BIN)/python -m pytest -m browser tests/test_page.py
 
 readme: $(VENV)/installed-test  ## run every command that README.md, BUILD.md and docs/ print, in a bare clone of HEAD
 	$(BIN)/python -m instruments.documents.commands

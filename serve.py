@@ -1,23 +1,28 @@
 """Serves a model over HTTP, as EasyLM's server: /generate, /greedy-until, /chat, /loglikelihood,
-/loglikelihood-rolling, /ready (serving/api.py has the formats), and a page to try it by hand.
+/loglikelihood-rolling, /ready; /classify; OpenAI's completions and chats (serving/api.py and openai.py have the
+formats); and a page to try it by hand.
 
   python serve.py --load_checkpoint=runs/tuned --input_length=1024 --seq_length=1152
   python serve.py --load_llama_config=3b --load_checkpoint=params::PATH --tokenizer.vocab_file=tokenizer.model
 
-Ctrl-C or SIGTERM finishes the requests that are running or waiting and ends with exit code 0; exit code 1 says that the
-engine failed, 2 that flags or files are wrong.
+Ctrl-C or SIGTERM finishes the requests that are running or waiting, for at most --lm_server.drain_seconds, while new
+ones are answered 503, and ends with exit code 0; a second one ends at once.  Exit code 1 says that the engine failed, 2
+that flags or files are wrong.
 
 Several processes (hosts) serve one model together with --jax_distributed.initialize_jax_distributed=True and otherwise
 the same flags: process 0 has the port, the log and the signals, the others follow it (serving/followers.py).
 """
+import asyncio
 import dataclasses
 import errno
+import hashlib
 import ipaddress
 import json
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import jax
 import uvicorn
@@ -27,11 +32,14 @@ from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
 from model.partition import check_rows, rows_unit
+from model.weights import weight_specs
 from program import flags, parse, settings
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
+from serving.chat import ChatTemplate, choose_template
 from serving.engine import Engine
 from serving.followers import CallLine, follow
+from serving.guard import MAX_HEADER_BYTES, Protocol
 from serving.programs import Programs, cast_weights
 from serving.texts import Texts, check_beams
 from serving.thread import EngineThread
@@ -40,7 +48,7 @@ from serving.thread import EngineThread
 @failing_together()
 def main(config) -> None:
     warm_up = programs_of(config.lm_server.pre_compile)
-    options = options_of(config.lm_server)
+    options = options_of(config)
     check_beams(config.do_sample, config.num_beams)
     start_processes(config)
     load, compute = settings.read_load(config), settings.read_compute(config)
@@ -49,20 +57,22 @@ def main(config) -> None:
         return follow(engine, warm_up, config.num_beams, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
+    refuse_open(config.lm_server)
     listener = listen(config.lm_server.host, config.lm_server.port)
     host, port = listener.getsockname()[:2]
     if not ipaddress.ip_address(host).is_loopback:
         options = dataclasses.replace(options, allowed_hosts=None)
-        print(f'WARNING: {host} is not a loopback address and there is no authentication: everyone who can reach '
-              f'{host}:{port} can use this model. --lm_server.host=127.0.0.1 serves this computer alone.', flush=True)
+        if options.key_digest is None:
+            print(f'WARNING: {host} is not a loopback address and there is no API key: everyone who can reach '
+                  f'{host}:{port} can use this model.', flush=True)
     with listener:
         model = open_model(load, compute)
         engine, texts = load_engine(config, model)
         started = time.monotonic()
         line = CallLine() if processes.count() > 1 else None
         thread = EngineThread(engine, config.lm_server.queue_size, warm_up, config.num_beams, line)
-        server = uvicorn.Server(uvicorn.Config(make_app(thread, options), log_level='warning', access_log=False,
-                                               http='h11', lifespan='off', server_header=False, limit_concurrency=512))
+        app = make_app(thread, texts, options, info_of(model), chat_of(config.lm_server, model, options))
+        server = Server(app, thread, config.lm_server.drain_seconds)
 
         def announce(warm):
             if warm.exception() is not None:
@@ -73,12 +83,12 @@ def main(config) -> None:
                   f'{url_of(host, port)}, for example\n  {curl_line(host, port, model.template)}', flush=True)
 
         thread.warm.add_done_callback(announce)
-        # uvicorn finishes what runs, then raises the signal once more for whoever handled it before: nobody needs to
+        # uvicorn raises the signal once more for whoever handled it before: nobody needs to
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         server.run(sockets=[listener])
         for number, handler in before.items():
             signal.signal(number, handler)  # from here on a second signal ends the program at once
-        thread.close()
+        thread.close(0)
     if thread.failure is not None:
         raise SystemExit(1)
     print('stopped', flush=True)
@@ -99,13 +109,94 @@ def programs_of(pre_compile: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(program for name in names for program in ENDPOINTS[name]))
 
 
-def options_of(lm_server) -> Options:
+def options_of(config) -> Options:
     """Take the flags of the HTTP side."""
-    names = {field.name for field in dataclasses.fields(Options)}
-    return Options(**{name: value for name, value in lm_server.items() if name in names})
+    flags_of, names = config.lm_server, {field.name for field in dataclasses.fields(Options)}
+    taken = {name: value for name, value in flags_of.items() if name in names}
+    taken['model_name'] = flags_of.model_name or Path(config.load_checkpoint.rpartition('::')[2]).name or 'model'
+    drawing = {name: config[name] for name in ('top_k', 'top_p', 'do_sample', 'num_beams')}
+    return Options(**taken, **drawing, key_digest=read_key(flags_of.api_key_file))
+
+
+def read_key(path: str) -> bytes | None:
+    """Read the API key of a file, as its sha256; None without a file.  Raises Mistake naming the flag.
+
+    A file that others can read is told to make private.
+    """
+    if not path:
+        return None
+    try:
+        key, mode = Path(path).read_text(encoding='ascii').strip(), Path(path).stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'not ASCII'
+        raise Mistake(f'lm_server.api_key_file={path!r} cannot be read ({reason}): name a file with the key') from None
+    if len(key) < MIN_KEY or not key.isprintable() or ' ' in key:
+        raise Mistake(f'lm_server.api_key_file={path!r} must hold one key of at least {MIN_KEY} characters without '
+                      'blanks, for example of: openssl rand -hex 32')
+    if mode & 0o077:
+        print(f'WARNING: others on this computer can read {path}: chmod 600 {path}', flush=True)
+    return hashlib.sha256(key.encode()).digest()
+
+
+def chat_of(lm_server, model: Model, options: Options) -> ChatTemplate | None:
+    """Choose the chat template, and say which."""
+    found = choose_template(lm_server.chat_template, model.source and model.source.chat_template, model.tokenizer,
+                            options)
+    print(f'chat template: {found.name if found else "none"}', flush=True)
+    return found
+
+
+def info_of(model: Model) -> dict:
+    """What /info tells of the model."""
+    parameters = sum(spec.size for spec in jax.tree.leaves(weight_specs(model.config)))
+    return dict(parameters=parameters, dtype=model.compute.dtype, platform=jax.devices()[0].platform)
 
 
 # ---------------------------------------------------------------- the address
+
+
+MIN_KEY = 16  # characters of an API key
+
+
+def refuse_open(lm_server) -> None:
+    """Raise Mistake for an address that others can reach, unless there is a key or --lm_server.insecure."""
+    host = lm_server.host
+    try:
+        addresses = {found[4][0] for found in socket.getaddrinfo(host, None)}
+    except (socket.gaierror, UnicodeError):
+        return  # `listen` says so
+    loopback = all(ipaddress.ip_address(address.partition('%')[0]).is_loopback for address in addresses)
+    if not (loopback or lm_server.api_key_file or lm_server.insecure):
+        raise Mistake(f'lm_server.{host=} can be reached by others, who could all use this model: give an API key with '
+                      '--lm_server.api_key_file=FILE, or let everyone in with --lm_server.insecure=True')
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains: after a signal /ready and new requests are 503, and what runs has drain_seconds to end."""
+
+    def __init__(self, app, thread: EngineThread, drain_seconds: float):
+        super().__init__(uvicorn.Config(
+            app, log_level='warning', access_log=False, http=Protocol, lifespan='off', server_header=False,
+            limit_concurrency=512, h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_graceful_shutdown=5))
+        self._metrics, self._thread, self._seconds = app.state.metrics, thread, drain_seconds
+        self._end: float | None = None
+
+    def handle_exit(self, sig, frame) -> None:
+        if self._metrics.draining:
+            self.should_exit = self.force_exit = True
+        self._metrics.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._thread.failure is not None and self._metrics.in_flight == 0:
+            self.should_exit = True  # all have heard of it
+        if self._metrics.draining and not self.should_exit:
+            if self._end is None:
+                self._end = time.monotonic() + self._seconds
+            late = time.monotonic() >= self._end
+            if late:
+                await asyncio.get_running_loop().run_in_executor(None, self._thread.close, 0)
+            self.should_exit = late or self._metrics.in_flight == 0
+        return await super().on_tick(counter)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -96,6 +96,27 @@ class Source:
         return self._meta('add_bos_token')
 
     @functools.cached_property
+    def chat_template(self) -> str | None:
+        """Return the chat template (Jinja) that comes with the tokenizer of hf:: and gguf::; None without one.
+
+        Raises Mistake for one that is no text.
+        """
+        if self.kind == 'gguf':
+            return self._reader.chat_template
+        if self.kind != 'hf':
+            return None
+        own, stated = Path(self.path) / 'chat_template.jinja', Path(self.path) / 'tokenizer_config.json'
+        if own.is_file():
+            return own.read_text(encoding='utf-8')
+        found = read_object(stated).get('chat_template') if stated.is_file() else None
+        if isinstance(found, list):  # several, by name
+            found = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)
+                     }.get('default')
+        if not isinstance(found, str | None):
+            raise Mistake(f'{stated}: chat_template is neither text nor a list with one named default')
+        return found
+
+    @functools.cached_property
     def step(self) -> int:
         """Return the step at which the weights were saved: micro-steps done, 0 where the file states none."""
         if self.kind == 'trainstate':

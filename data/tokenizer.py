@@ -7,6 +7,7 @@ text_processor.py, serving and the checkpoint readers.
 """
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,17 +22,20 @@ class Tokenizer:
     vocab_size: number of ids, added tokens included.  bos_token_id, eos_token_id, pad_token_id: int.
     source_bytes, file_name: its file ('tokenizer.model' or 'tokenizer.json'), for a checkpoint to carry.
     fingerprint: sha256, hex, over source_bytes and the three ids; equal fingerprints mean equal ids for every text.
+    control: {control token: its id}.
     """
 
     def __init__(self, source_bytes: bytes, file_name: str, encode: Callable[[str], list[int]],
-                 decode: Callable[[list[int]], str], vocab_size: int, bos: int, eos: int, pad: int):
+                 decode: Callable[[list[int]], str], vocab_size: int, bos: int, eos: int, pad: int,
+                 control: dict[str, int]):
         for name, token in (('bos', bos), ('eos', eos), ('pad', pad)):
             if not 0 <= token < vocab_size:
                 raise Mistake(f'{file_name}: {name} has id {token}, which is none of its {vocab_size} tokens')
         self.source_bytes, self.file_name, self.vocab_size = source_bytes, file_name, vocab_size
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
         self.fingerprint = hashlib.sha256(source_bytes + b'\0%d,%d,%d' % (bos, eos, pad)).hexdigest()
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode, self.control = encode, decode, control
+        self._control = re.compile('|'.join(map(re.escape, sorted(control, key=len, reverse=True))) or '(?!)')
 
     def encode(self, text: str) -> list[int]:
         """Encode `text`; neither bos nor eos is added, and no part of the text is read as a control token.
@@ -43,6 +47,21 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise Mistake(f'{text[error.start]!r} is half a surrogate pair, which is no text') from None
         return self._encode(text)
+
+    def encode_parts(self, parts: list[tuple[str, bool]]) -> list[int]:
+        """Encode texts that follow each other, (text, trusted): control tokens are read in the trusted ones alone.
+
+        A chat template's own text is trusted, what somebody says is not.  Texts without a control token between them
+        are encoded together, as one text.
+        """
+        ids, text = [], ''
+        for part, trusted in parts:
+            start = 0
+            for found in self._control.finditer(part) if trusted else ():
+                ids += self.encode(text + part[start:found.start()]) + [self.control[found[0]]]
+                text, start = '', found.end()
+            text += part[start:]
+        return ids + self.encode(text)
 
     def decode(self, ids) -> str:
         """Decode `ids` without bos, eos, pad, and ids from vocab_size on (rows that only pad a vocabulary)."""
@@ -107,7 +126,8 @@ def tokenizer_from_json(text: str, bos: int | str, eos: int | str, pad: int | st
     return Tokenizer(text.encode('utf-8'), 'tokenizer.json',
                      lambda text: inner.encode(text, add_special_tokens=False).ids,
                      lambda ids: inner.decode(ids, skip_special_tokens=False),
-                     inner.get_vocab_size(with_added_tokens=True), *ids)
+                     inner.get_vocab_size(with_added_tokens=True), *ids,
+                     {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special})
 
 
 def tokenizer_from_bytes(file_name: str, source_bytes: bytes, bos: int, eos: int, pad: int, source: str) -> Tokenizer:
@@ -125,7 +145,8 @@ def _from_sentencepiece(source_bytes: bytes, source: str, *ids: int) -> Tokenize
     except RuntimeError:
         raise Mistake(f'tokenizer.vocab_file={source!r} is no sentencepiece model') from None
     return Tokenizer(source_bytes, 'tokenizer.model', model.encode, model.decode, model.get_piece_size(),
-                     *(ids or (model.bos_id(), model.eos_id(), model.unk_id())))
+                     *(ids or (model.bos_id(), model.eos_id(), model.unk_id())),
+                     {model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)})
 
 
 def _read_text(path: Path) -> str:

@@ -347,8 +347,8 @@ SERVE = MODEL + (
     Flag('num_beams', 1, 'with do_sample=False: /generate and /chat search with as many beams (serving/beams.py)',
          least=1),
     ADD_BOS_TOKEN,
-    Flag('lm_server.host', '127.0.0.1', 'address to listen on (not 0.0.0.0 as EasyLM had it: there is no '
-         'authentication, so everyone on the network would be let in)'),
+    Flag('lm_server.host', '127.0.0.1', 'address to listen on; one that others can reach (0.0.0.0, as EasyLM had it) '
+         'needs lm_server.api_key_file'),
     Flag('lm_server.port', 5007, 'port to listen on; 0 for any free one', least=0, most=65535),
     Flag('lm_server.batch_size', 16, "prompts computed together, whoever sent them: slots of the cache; a multiple of "
          "dp*fsdp of mesh_dim (EasyLM's default is 1)", least=1),
@@ -371,6 +371,15 @@ SERVE = MODEL + (
     Flag('lm_server.chat_lm_suffix', '', '/chat: put after what the model says'),
     Flag('lm_server.notes', '', 'text to show on the page at /'),
     Flag('lm_server.queue_size', 32, 'requests that may wait; one more is answered 429', least=0),
+    Flag('lm_server.api_key_file', '', 'a file with the API key, which every request but /health, /ready and the page '
+         'must bring as the header Authorization: Bearer KEY', path='read'),
+    Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
+    Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
+    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), chatml, "
+         'llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else plain where '
+         'one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
+    Flag('lm_server.request_seconds', 0.0, 'longest time that an answer may take; 0 for no limit', least=0),
+    Flag('lm_server.drain_seconds', 30.0, 'after SIGTERM: how long running requests may take to end', least=0),
     Flag('lm_server.max_body_bytes', 4_000_000, 'largest body of a request', least=1),
 )
 

@@ -1,4 +1,4 @@
-"""Serve the engine over HTTP, in the words of EasyLM's server.  Before: thread.py, guard.py.
+"""Serve the engine over HTTP, in the words of EasyLM's server.  Before: asking.py, guard.py; next: openai.py.
 
   POST /generate               {"prefix_text": [str], "temperature": float?}
                                -> {"prefix_text", "output_text", "temperature"} + "truncated", "finish_reason"
@@ -9,60 +9,65 @@
   POST /loglikelihood          {"prefix_text": [str]?, "text": [str]}
                                -> {"prefix_text", "text", "log_likelihood", "is_greedy"}
   POST /loglikelihood-rolling  {"text": [str]} -> {"text", "log_likelihood", "is_greedy"}
-  GET  /ready                  "Ready!\\n", or 503 while programs compile and after the engine has failed
-  GET  /                       page.html, to try the model by hand
+  POST /classify               {"texts": [str], "labels": [str]?, "template": str?, "threshold": float?}
+                               -> {"results": [{"label", "probability", "probabilities"}], "labels",
+                                   "calibration_temperature"}
+  GET  /ready                  "Ready!\\n", or 503 while programs compile, while the server stops, after a failure
+  GET  /health                 200 while the engine lives, 503 after it failed
+  GET  /metrics  /info  /openapi.json      for Prometheus; what is served; these endpoints as an OpenAPI document
+  GET  /                       page/, to try the model by hand
+  /v1/..., /tokenize, /detokenize          openai.py
 
 The fields behind + are added to EasyLM's answer, for every prompt: whether it was too long (input_length) and lost its
 beginning, which in /greedy-until can also happen on the way, as the answer grows; and whether the answer ended by
 itself ("stop": EOS or a stop text) or at its limit ("length").
 /loglikelihood refuses a pair that is too long, whose score would be that of another text; rolling takes any length.
+/classify: labels and template are the checkpoint's where the request names none.  A label's probability is the softmax
+over the labels of their log-likelihoods (the sum over a label's tokens, not divided by their number) / the calibration
+temperature; "label" is the most probable, or null where that is below the threshold.
 
-Every refusal is {"detail": one line}: 400 what is wrong with the request, 408 a body that does not come, 413 too large,
-415 not application/json, 429 the line is full, 500 the engine failed.  The form is checked before the engine is asked.
+Every refusal is {"detail": one line} (below /v1 OpenAI's form): 400 what is wrong with the request, 401 no API key,
+408 a body that does not come, 413 too large, 415 not application/json, 429 the line is full, 500 the engine failed,
+503 the server stops or takes too long.  The form is checked before the engine is asked.
 No field of a request is ever a path, an id or code; nothing of a request is printed unless `logging` is set.  A page of
 another site cannot use a server on this computer: its Host header would be no loopback name, and its form cannot send
 application/json.
 """
-import asyncio
-import base64
-import hashlib
-import html
 import pprint
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
-from serving.engine import Generation, RequestError
-from serving.guard import LOOPBACK, RequestGuard
-from serving.thread import EngineFailed, EngineThread, QueueFull
+from data.prompt import PromptTemplate
+from serving import page
+from serving.asking import Asking, Refused
+from serving.guard import LOOPBACK, RequestGuard, parse_json, refusal
+from serving.metrics import Access, Metrics
+from serving.texts import Classified, Question, Texts
+from serving.thread import EngineThread
+from serving.work import Generated, Sampling
 
 MAX_TEXTS = 100_000
 MAX_TEMPERATURE = 100.0
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1_000
 MAX_CHAT_LENGTH = 1_000_000
-ALLOWED = {  # field -> what it must be, for the client to read
-    'prefix_text': f'a list of 1 to {MAX_TEXTS} strings of valid Unicode',
-    'text': f'a list of 1 to {MAX_TEXTS} strings of valid Unicode',
-    'temperature': f'a finite number from 0 to {MAX_TEMPERATURE:g}, or null for the default',
-    'until': f'a list with one item for each prefix_text: a string of 1 to {MAX_STOP_LENGTH} characters of valid '
-             f'Unicode, or a list of at most {MAX_STOPS} of them',
-    'max_length': 'a whole number of at least 1, or null for the largest',
-    'prompt': f'a string of valid Unicode, of at most {MAX_CHAT_LENGTH} characters',
-    'context': f'a string of valid Unicode, of at most {MAX_CHAT_LENGTH} characters',
-}
+MAX_LABELS, MAX_LABEL_LENGTH = 64, 1_000
 
 
 @dataclass(frozen=True)
 class Options:
     """Holds the lm_server flags: texts put around prefix, text and what is said in a chat; `notes` for the page; ours.
 
-    max_body_bytes, body_seconds, allowed_hosts: see guard.py.
+    max_body_bytes, body_seconds, allowed_hosts: see guard.py.  key_digest: sha256 of the API key, or None.
+    request_seconds: the longest that an answer may take; 0 for no limit.  model_name: of /v1/models.
+    top_k, top_p, do_sample, num_beams: how /generate and /chat draw.  calibration_temperature: of /classify.
     """
 
     default_temperature: float = 1.0
@@ -79,8 +84,21 @@ class Options:
     notes: str = ''
     logging: bool = False
     max_body_bytes: int = 4_000_000
+    request_seconds: float = 0.0
+    model_name: str = ''
     body_seconds: float = 30.0
     allowed_hosts: tuple[str, ...] | None = LOOPBACK
+    key_digest: bytes | None = None
+    top_k: int = 50
+    top_p: float = 1.0
+    do_sample: bool = True
+    num_beams: int = 1
+    calibration_temperature: float = 1.0
+
+    def sampling(self, temperature: float | None) -> Sampling:
+        """How EasyLM's endpoints draw at this temperature; do_sample=False makes every answer greedy."""
+        value = self.default_temperature if temperature is None else temperature
+        return Sampling(value if self.do_sample else 0.0, self.top_k, self.top_p)
 
 
 # ---------------------------------------------------------------- requests
@@ -93,27 +111,40 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+LIST = f'a list of 1 to {MAX_TEXTS} strings of valid Unicode'
+CHAT = f'a string of valid Unicode, of at most {MAX_CHAT_LENGTH} characters'
+UNTIL = (f'a list with one item for each prefix_text: a string of 1 to {MAX_STOP_LENGTH} characters of valid Unicode, '
+         f'or a list of at most {MAX_STOPS} of them')
+LABELS = f'a list of 2 to {MAX_LABELS} different strings of 1 to {MAX_LABEL_LENGTH} characters'
+TEMPLATE = r'a string with {text} in it exactly once, where the text goes, for example "Ticket: {text}\nTeam:"'
+
 Text = Annotated[str, AfterValidator(_whole_characters)]
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+TextList = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS, description=LIST)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-ChatText = Annotated[Text, Field(max_length=MAX_CHAT_LENGTH)]
-Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None
+ChatText = Annotated[Text, Field(max_length=MAX_CHAT_LENGTH, description=CHAT)]
+Temperature = Annotated[
+    Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] | None,
+    Field(description=f'a finite number from 0 to {MAX_TEMPERATURE:g}, or null for the default')]
+Label = Annotated[Text, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
 
 
 class Body(BaseModel):
+    """A request's body.  The description of each field is what it must be, for the client to read."""
+
     model_config = ConfigDict(strict=True, extra='forbid')
 
 
 class GenerateBody(Body):
-    prefix_text: Texts
+    prefix_text: TextList
     temperature: Temperature = None
 
 
 class GreedyUntilBody(Body):
-    prefix_text: Texts
-    until: Annotated[list[Stop | Stops], Field(min_length=1, max_length=MAX_TEXTS)]
-    max_length: Annotated[int, Field(ge=1)] | None = None
+    prefix_text: TextList
+    until: Annotated[list[Stop | Stops], Field(min_length=1, max_length=MAX_TEXTS, description=UNTIL)]
+    max_length: Annotated[Annotated[int, Field(ge=1)] | None, Field(
+        description='a whole number of at least 1, or null for the largest')] = None
 
 
 class ChatBody(Body):
@@ -123,132 +154,241 @@ class ChatBody(Body):
 
 
 class LoglikelihoodBody(Body):
-    prefix_text: Texts | None = None
-    text: Texts
+    prefix_text: Annotated[TextList | None, Field(description=LIST)] = None
+    text: TextList
 
 
 class RollingBody(Body):
-    text: Texts
+    text: TextList
 
 
-BODIES = {'/generate': GenerateBody, '/greedy-until': GreedyUntilBody, '/chat': ChatBody,
-          '/loglikelihood': LoglikelihoodBody, '/loglikelihood-rolling': RollingBody}
+class ClassifyBody(Body):
+    texts: TextList
+    labels: Annotated[Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)] | None,
+                      Field(description=LABELS)] = None
+    template: Annotated[Annotated[Text, Field(max_length=MAX_CHAT_LENGTH)] | None, Field(description=TEMPLATE)] = None
+    threshold: Annotated[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None,
+                         Field(description='a number from 0 to 1')] = None
+
+
+class StrictRequest(Request):
+    async def json(self):
+        """Parse the body as guard.parse_json does."""
+        return parse_json(await self.body())
+
+
+class StrictRoute(APIRoute):
+    """A route whose body is strict JSON."""
+
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request):
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+REFUSALS = {status: {'description': meaning, 'content': {'application/json': {'schema': {'type': 'object'}}}}
+            for status, meaning in (
+    (400, 'what is wrong with the request'), (401, 'no API key'), (404, 'no such model'),
+    (408, 'the body did not come'), (413, 'the body is too large'), (415, 'not application/json'),
+    (429, 'the line is full'), (500, 'the engine failed'), (503, 'the server stops, or is not ready'))}
 
 
 # ---------------------------------------------------------------- endpoints
 
 
-def make_app(thread: EngineThread, options: Options) -> FastAPI:
-    """Make the application; `thread` does the work."""
-    app = FastAPI(openapi_url=None)
-    app.add_middleware(RequestGuard, max_body_bytes=options.max_body_bytes, body_seconds=options.body_seconds,
-                       allowed_hosts=options.allowed_hosts)
-    app.add_exception_handler(RequestValidationError, _refuse)
-    page, policy = page_of(options)
+def make_app(thread: EngineThread, texts: Texts, options: Options, info: dict | None = None, chat=None) -> FastAPI:
+    """Make the application: `thread` does the works of what `texts` asks.
 
-    async def respond(request: Request, body: Body, answer, method: str, **arguments) -> JSONResponse:
-        """Call the engine's method; `answer` makes the response out of its result."""
-        if options.logging:
-            print(f'{request.url.path} is asked\n{pprint.pformat(body.model_dump())}', flush=True)
-        content = answer(await _result(request, thread, method, arguments))
-        if options.logging:
-            print(f'{request.url.path} answers\n{pprint.pformat(content)}', flush=True)
-        return JSONResponse(content)
+    info: what /info tells beside the options.  chat: a chat.ChatTemplate, or None where the model has none.
+    app.state.metrics: counts; its `draining` turns new requests away.
+    """
+    from serving import openai  # it builds upon what is above
+
+    app = FastAPI(title='Pallama', version='1', openapi_url='/openapi.json', docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
+    metrics = app.state.metrics = Metrics(thread)
+    app.add_middleware(RequestGuard, max_body_bytes=options.max_body_bytes, body_seconds=options.body_seconds,
+                       allowed_hosts=options.allowed_hosts, key_digest=options.key_digest,
+                       draining=lambda: metrics.draining)
+    app.add_middleware(Access, metrics=metrics)
+    app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_so)
+    asking = Asking(thread, metrics, options.request_seconds)
+    _add_easylm(app, asking, texts, options)
+    _add_classify(app, asking, texts, options)
+    _add_state(app, thread, texts, options, info or {}, chat)
+    openai.add_endpoints(app, asking, texts, options, chat)
+    metrics.paths = frozenset(route.path for route in app.routes)
+    app.openapi = _without_422(app.openapi)
+    return app
+
+
+async def _answer(request: Request, body: Body, options: Options, asking: Asking, question: Question,
+                  content) -> JSONResponse:
+    """Ask, and make the response out of the answer: content(answer)."""
+    if options.logging:
+        print(f'{request.url.path} is asked\n{pprint.pformat(body.model_dump())}', flush=True)
+    found = content(question.answer(await asking.ask(request, question.works)))
+    if options.logging:
+        print(f'{request.url.path} answers\n{pprint.pformat(found)}', flush=True)
+    return JSONResponse(found)
+
+
+def _add_easylm(app: FastAPI, asking: Asking, texts: Texts, options: Options) -> None:
+    def prefixes_of(found: list[str]) -> list[str]:
+        return [options.prepend_to_prefix + text + options.append_to_prefix for text in found]
+
+    def texts_of(found: list[str]) -> list[str]:
+        return [options.prepend_to_text + text + options.append_to_text for text in found]
 
     def temperature_of(body) -> float:
         return options.default_temperature if body.temperature is None else body.temperature
 
-    def prefixes_of(texts: list[str]) -> list[str]:
-        return [options.prepend_to_prefix + text + options.append_to_prefix for text in texts]
+    def continuing(prompts: list[str], temperature: float) -> Question:
+        beams = 1 if options.do_sample else options.num_beams
+        return texts.generate(prompts, options.sampling(temperature), num_beams=beams)
 
-    def texts_of(texts: list[str]) -> list[str]:
-        return [options.prepend_to_text + text + options.append_to_text for text in texts]
-
-    @app.post('/generate')
+    @app.post('/generate', responses=REFUSALS)
     async def generate(body: GenerateBody, request: Request):
         temperature, prompts = temperature_of(body), prefixes_of(body.prefix_text)
-        return await respond(
-            request, body,
+        return await _answer(
+            request, body, options, asking, await asking.apart(continuing, prompts, temperature),
             lambda answers: dict(prefix_text=body.prefix_text, output_text=[answer.text for answer in answers],
-                                 temperature=temperature, **_added(answers)),
-            'generate', prompts=prompts, temperature=temperature)
+                                 temperature=temperature, **_added(answers)))
 
-    @app.post('/greedy-until')
+    @app.post('/greedy-until', responses=REFUSALS)
     async def greedy_until(body: GreedyUntilBody, request: Request):
         _check_pairs('prefix_text', body.prefix_text, 'until', body.until)
         most = options.greedy_until_max_length
         max_length = most if body.max_length is None else body.max_length
         if max_length > most:
-            raise HTTPException(400, f'max_length must be at most {most} here (--lm_server.greedy_until_max_length)')
-        prompts = prefixes_of(body.prefix_text)
+            raise Refused(400, f'max_length must be at most {most} here (--lm_server.greedy_until_max_length)')
         stops = [[stop] if isinstance(stop, str) else stop for stop in body.until]
-        return await respond(
-            request, body,
+        return await _answer(
+            request, body, options, asking,
+            await asking.apart(texts.greedy_until, prefixes_of(body.prefix_text), stops, max_length),
             lambda answers: dict(prefix_text=body.prefix_text, until=body.until, max_length=max_length,
-                                 output_text=[answer.text for answer in answers], **_added(answers)),
-            'greedy_until', prompts=prompts, stops=stops, max_length=max_length)
+                                 output_text=[answer.text for answer in answers], **_added(answers)))
 
-    @app.post('/chat')
+    @app.post('/chat', responses=REFUSALS)
     async def chat(body: ChatBody, request: Request):
         temperature = temperature_of(body)
         context = (body.context + options.chat_user_prefix + body.prompt + options.chat_user_suffix +
                    options.chat_lm_prefix)
 
-        def answer(answers: list[Generation]) -> dict:
+        def answer(answers: list[Generated]) -> dict:
             said, = answers
             return dict(response=said.text, context=context + said.text + options.chat_lm_suffix,
                         temperature=temperature, truncated=said.truncated, finish_reason=said.finish_reason)
 
-        return await respond(request, body, answer, 'generate', prompts=[options.chat_prepend_text + context],
-                             temperature=temperature)
+        question = await asking.apart(continuing, [options.chat_prepend_text + context], temperature)
+        return await _answer(request, body, options, asking, question, answer)
 
-    @app.post('/loglikelihood')
+    @app.post('/loglikelihood', responses=REFUSALS)
     async def loglikelihood(body: LoglikelihoodBody, request: Request):
         prefixes = [''] * len(body.text) if body.prefix_text is None else body.prefix_text
         _check_pairs('prefix_text', prefixes, 'text', body.text)
-        return await respond(request, body,
-                             lambda scores: dict(prefix_text=prefixes, text=body.text, **_scores(scores)),
-                             'loglikelihood', prefixes=prefixes_of(prefixes), texts=texts_of(body.text))
+        question = await asking.apart(texts.loglikelihood, prefixes_of(prefixes), texts_of(body.text))
+        return await _answer(request, body, options, asking, question,
+                             lambda scores: dict(prefix_text=prefixes, text=body.text, **_scores(scores)))
 
-    @app.post('/loglikelihood-rolling')
+    @app.post('/loglikelihood-rolling', responses=REFUSALS)
     async def loglikelihood_rolling(body: RollingBody, request: Request):
-        return await respond(request, body, lambda scores: dict(text=body.text, **_scores(scores)),
-                             'loglikelihood_rolling', texts=texts_of(body.text))
+        question = await asking.apart(texts.loglikelihood_rolling, texts_of(body.text))
+        return await _answer(request, body, options, asking, question,
+                             lambda scores: dict(text=body.text, **_scores(scores)))
 
-    @app.get('/ready')
+
+def _add_classify(app: FastAPI, asking: Asking, texts: Texts, options: Options) -> None:
+    @app.post('/classify', responses=REFUSALS)
+    async def classify(body: ClassifyBody, request: Request):
+        template, temperature = template_of(body, texts.template), options.calibration_temperature
+
+        def result(found: Classified) -> dict:
+            probability = max(found.probabilities)
+            sure = body.threshold is None or probability >= body.threshold
+            return dict(label=found.label if sure else None, probability=probability,
+                        probabilities=dict(zip(template.labels, found.probabilities, strict=True)))
+
+        question = await asking.apart(texts.classify, body.texts, template, temperature)
+        return await _answer(request, body, options, asking, question,
+                             lambda answers: dict(results=[result(answer) for answer in answers],
+                                                  labels=list(template.labels), calibration_temperature=temperature))
+
+
+def template_of(body: ClassifyBody, own: PromptTemplate | None) -> PromptTemplate:
+    """Take the request's template and labels, else the checkpoint's; plain text, in which {text} alone is replaced.
+
+    Raises Refused where neither says them, and for what is no template.
+    """
+    for name, given in (('labels', body.labels), ('template', body.template)):
+        if given is None and own is None:
+            raise Refused(400, f'{name} is missing, and the checkpoint has no template: say both')
+    labels = own.labels if body.labels is None else tuple(body.labels)
+    if len(set(labels)) < len(labels):
+        raise Refused(400, f'labels: some are equal; labels must be {LABELS}')
+    try:
+        if body.template is None:
+            return PromptTemplate(own.prefix, own.suffix, own.answer_prefix, labels)
+        parts = body.template.split('{text}')
+        if len(parts) != 2:
+            raise Refused(400, f'template must be {TEMPLATE}')
+        if parts[1].endswith(' '):
+            raise Refused(400, 'template ends in a blank: leave it off, the label begins with one')
+        return PromptTemplate(*parts, labels=labels)
+    except ValueError:
+        raise Refused(400, f'labels: two differ in blanks or capitals alone, or one is blank; labels must be '
+                           f'{LABELS}') from None
+
+
+def _add_state(app: FastAPI, thread: EngineThread, texts: Texts, options: Options, info: dict, chat) -> None:
+    metrics, files = app.state.metrics, page.read_page()
+
+    @app.get('/ready', responses={503: REFUSALS[503]}, response_class=PlainTextResponse)
     async def ready():
-        if thread.ready:
+        if thread.ready and not metrics.draining:
             return PlainTextResponse('Ready!\n')
-        return PlainTextResponse('the engine failed\n' if thread.failure else 'compiling\n', 503)
+        stopping = metrics.draining or thread.closing
+        return PlainTextResponse('the engine failed\n' if thread.failure else 'draining\n' if stopping else
+                                 'compiling\n', 503)
 
-    @app.get('/')
-    async def index():
-        return HTMLResponse(page, headers={
-            'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
-            'Cache-Control': 'no-store'})
+    @app.get('/health', responses={503: REFUSALS[503]}, response_class=PlainTextResponse)
+    async def health():
+        return PlainTextResponse('the engine failed\n', 503) if thread.failure else PlainTextResponse('ok\n')
 
-    return app
+    @app.get('/metrics', response_class=PlainTextResponse)
+    async def prometheus():
+        text, kind = metrics.write()
+        return Response(text, headers={'Content-Type': kind})
 
+    @app.get('/info')
+    async def about():
+        template = texts.template
+        return JSONResponse({
+            'model': options.model_name, **info, 'chat': chat is not None,
+            'template': template and {'prompt': template.prompt('{text}'), 'labels': list(template.labels)},
+            'input_length': texts.input_length, 'seq_length': texts.seq_length,
+            'default_temperature': options.default_temperature, 'notes': options.notes,
+            'calibration_temperature': options.calibration_temperature})
 
-def page_of(options: Options) -> tuple[str, str]:
-    """Return page.html with the notes as text, and its Content-Security-Policy: own script, own style, this server."""
-    page = Path(__file__).with_name('page.html').read_text(encoding='utf-8')
-    digests = []
-    for tag in ('script', 'style'):
-        source = re.search(f'<{tag}>(.*?)</{tag}>', page, re.DOTALL).group(1)
-        digests.append(base64.b64encode(hashlib.sha256(source.encode()).digest()).decode())
-    policy = (f"default-src 'none'; script-src 'sha256-{digests[0]}'; style-src 'sha256-{digests[1]}'; "
-              "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    page = page.replace('[TEMPERATURE]', f'{options.default_temperature:g}')
-    return page.replace('[NOTES]', html.escape(options.notes)), policy
+    def serve_file(path: str, file: page.PageFile) -> None:
+        @app.get(path, include_in_schema=False)
+        async def send_file():
+            return Response(file.content, headers={'Content-Type': file.kind, **page.HEADERS})
+
+    for path, file in files.items():
+        serve_file(path, file)
 
 
 def _check_pairs(name: str, values: list, other_name: str, others: list) -> None:
     if len(values) != len(others):
-        raise HTTPException(400, f'{name} has {len(values)} items, {other_name} {len(others)}: they are pairs')
+        raise Refused(400, f'{name} has {len(values)} items, {other_name} {len(others)}: they are pairs')
 
 
-def _added(answers: list[Generation]) -> dict:
+def _added(answers: list[Generated]) -> dict:
     return dict(truncated=[answer.truncated for answer in answers],
                 finish_reason=[answer.finish_reason for answer in answers])
 
@@ -257,51 +397,41 @@ def _scores(scores: list[tuple[float, bool]]) -> dict:
     return dict(log_likelihood=[score for score, _ in scores], is_greedy=[greedy for _, greedy in scores])
 
 
-async def _result(request: Request, thread: EngineThread, method: str, arguments: dict):
-    """Await the engine's answer, or raise the HTTPException that says why not; forget a client that leaves the line."""
-    try:
-        future = thread.submit(method, **arguments)
-    except QueueFull as error:
-        raise HTTPException(429, f'{error}: try again later', {'Retry-After': '1'}) from None
-    except EngineFailed:
-        raise HTTPException(500, FAILED) from None
-    future = asyncio.wrap_future(future)
-    gone = asyncio.create_task(_disconnected(request))
-    await asyncio.wait([future, gone], return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not future.done():
-        future.cancel()
-        raise HTTPException(499, 'the client is gone')
-    error = future.exception()
-    if isinstance(error, RequestError):
-        raise HTTPException(400, str(error))
-    if isinstance(error, FloatingPointError):
-        raise HTTPException(500, str(error))
-    if error is not None:
-        raise HTTPException(500, FAILED)
-    return future.result()
+# ---------------------------------------------------------------- refusals
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())['type'] != 'http.disconnect':
-        pass
-
-
-FAILED = "the engine failed and takes no more requests; the server's log says why"
+async def _refuse_so(request: Request, error: HTTPException) -> JSONResponse:
+    return refusal(request.url.path, error.status_code, error.detail, error.headers, getattr(error, 'param', None),
+                   getattr(error, 'code', None))
 
 
 async def _refuse(request: Request, error: RequestValidationError) -> JSONResponse:
     """Name the first mistake in one line: the field, and what it must be; the value itself is not repeated."""
-    first = error.errors()[0]
+    fields = request.scope['route'].body_field.field_info.annotation.model_fields
+    first, names = error.errors()[0], ', '.join(fields)
     _, *path = first['loc']
-    fields = ', '.join(BODIES[request.url.path].model_fields)
+    field = path[0] if path and path[0] in fields else None
     if first['type'] == 'json_invalid':
         detail = f'the body is not JSON: {first["ctx"]["error"]} at character {first["loc"][1]}'
-    elif not path or path[0] not in ALLOWED and first['type'] != 'extra_forbidden':
-        detail = f'the body must be a JSON object with the fields {fields}'
-    elif first['type'] == 'extra_forbidden':
-        detail = f'{str(path[0])[:40]!r} is no field of {request.url.path}: its fields are {fields}'
+    elif path and first['type'] == 'extra_forbidden' and len(path) == 1:
+        field = ascii(str(path[0])[:40])
+        detail = f'{field} is no field of {request.url.path}: its fields are {names}'
+        field = field[1:-1]
+    elif field is None:
+        detail = f'the body must be a JSON object with the fields {names}'
     else:
-        where = path[0] + ''.join(f'[{part}]' for part in path[1:] if isinstance(part, int))
-        detail = f'{where}: {first["msg"]}; {path[0]} must be {ALLOWED[path[0]]}'
-    return JSONResponse({'detail': detail}, 400)
+        where = field + ''.join(f'[{part}]' for part in path[1:] if isinstance(part, int))
+        detail = f'{where}: {first["msg"]}; {field} must be {fields[field].description}'
+    return refusal(request.url.path, 400, detail, param=field)
+
+
+def _without_422(openapi):
+    """Every mistake of a body is answered 400 here."""
+    def document() -> dict:
+        found = openapi()
+        for path in found['paths'].values():
+            for operation in path.values():
+                operation['responses'].pop('422', None)
+        return found
+
+    return document

@@ -157,6 +157,11 @@ class Reader:
         """Whether the model was trained on texts that begin with bos; None if the file does not say."""
         return self._metadata.get('tokenizer.ggml.add_bos_token')
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template (Jinja) of the file, None without one."""
+        return self._get('tokenizer.chat_template', str, '') or None
+
     def tokenizer_json(self) -> tuple[str, int, int, int]:
         """(tokenizer.json text of the tokenizers library, bos id, eos id, pad id) rebuilt from the metadata.
 
