@@ -59,6 +59,25 @@ class Server:
             progress(len(part))
         return texts
 
+    def loglikelihood_rolling(self, texts: list[str]) -> list[tuple[float, bool]]:
+        """Score every token of each text: (log-likelihood in nats, is greedy)."""
+        found = []
+        for i in range(0, len(texts), self.batch_size):
+            part = texts[i:i + self.batch_size]
+            answer = self._post('/loglikelihood-rolling', {'text': part}, len(part),
+                                {'log_likelihood': int | float, 'is_greedy': bool})
+            found += zip(answer['log_likelihood'], answer['is_greedy'], strict=True)
+        return found
+
+    def greedy_until(self, prompts: list[str], stops: list[list[str]], max_length: int | None = None) -> list[str]:
+        """Continue each prompt greedily up to one of its stop texts, or for max_length tokens (None: the server's)."""
+        texts, most = [], {} if max_length is None else {'max_length': max_length}
+        for i in range(0, len(prompts), self.batch_size):
+            part = prompts[i:i + self.batch_size]
+            texts += self._post('/greedy-until', {'prefix_text': part, 'until': stops[i:i + self.batch_size], **most},
+                                len(part), {'output_text': str})['output_text']
+        return texts
+
     def classify(self, texts: list[str], labels: list[str] | None = None, template: str = '') -> list[dict]:
         """The label of each text: {'label': name or None, 'probability': .., 'probabilities': {name: ..}}.
 

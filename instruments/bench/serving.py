@@ -1,7 +1,7 @@
 """Load our server, llama.cpp's and transformers' generate with the same weights, one at a time, on loopback.
 
     python -m instruments.bench.serving --checkpoint=gguf::model.gguf --text=reviews.jsonl --output=runs/serving
-    python -m instruments.bench.serving ... --contenders=ours:f32,llama-server:F32,transformers:8 --mixes=M1,M2 --minutes=1
+    python -m instruments.bench.serving ... --contenders=ours:f32,llama-server:F32,transformers:8 --mixes=M1
 
 Contenders: ours:f32, ours:bf16, ours:int8; llama-server:F32, :F16, :Q8_0 (--llama_server); llama_cpp:F32, :F16, :Q8_0
 (--llama_python); transformers:1, transformers:8 (--torch_python).  GGUF files of each type and a Hugging Face directory
@@ -17,6 +17,7 @@ import datetime
 import importlib.metadata
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -31,12 +32,14 @@ from instruments.bench.serving_mixes import MIXES, Bench, capacity_of, start, wa
 from mistake import Mistake
 
 FLAGS = flags.FLAGS
-DEFAULT = 'ours:f32,llama-server:F32,transformers:1,transformers:8,ours:bf16,llama-server:F16,ours:int8,llama-server:Q8_0'
+DEFAULT = ('ours:f32,llama-server:F32,transformers:1,transformers:8,ours:bf16,llama-server:F16,ours:int8,'
+           'llama-server:Q8_0')
 
 
 def main(argv) -> None:
     if len(argv) > 1:
         raise Mistake(f'{argv[1:]=}: every argument is a flag, --name=value')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the contender ends with us
     output = pathlib.Path(FLAGS.output)
     mixes = FLAGS.mixes.split(',')
     if unknown := sorted(set(mixes) - set(MIXES)):

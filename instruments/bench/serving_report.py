@@ -122,11 +122,13 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name in dict.fromkeys(row['contender'] for row in rows):
-        points = sorted((row['point'], row['figures']['output_throughput']) for row in rows if row['mix'] in ('M1', 'M2')
-                        and row['contender'] == name and 'output_throughput' in row['figures'])
+        members = [row for row in rows if row['mix'] in ('M1', 'M2') and row['contender'] == name]
+        points = sorted((row['point'], row['figures']['output_throughput']) for row in members
+                        if 'output_throughput' in row['figures'])
         if points:
             axes.plot([x for x, _ in points], [y[0] for _, y in points], marker='o', label=name)
-            axes.fill_between([x for x, _ in points], [y[1] for _, y in points], [y[2] for _, y in points], alpha=0.15)
+            low, high = ([y[n] for _, y in points] for n in (1, 2))
+            axes.fill_between([x for x, _ in points], low, high, alpha=0.15)
     axes.set_xscale('log', base=2)
     ticks = 1, 2, 4, 8, 16
     axes.set_xticks(ticks, map(str, ticks))
