@@ -172,8 +172,6 @@ def easylm(figures: dict) -> str:
 
 def serving(figures: dict) -> str:
     """The mixes of load, each contender's medians and ranges."""
-    if not figures['rows']:
-        return 'Not measured yet: `make bench-serve`.\n'
     return serving_report.tables(figures['rows']) + origin(figures) + notes(figures)
 
 
