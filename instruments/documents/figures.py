@@ -20,7 +20,6 @@ import re
 from absl import app, flags
 
 from evaluation.accuracy import wilson_interval
-from instruments.bench import serving_report
 from instruments.bench.report import best_rows
 from mistake import Mistake
 from program import flags as program_flags
@@ -170,11 +169,6 @@ def easylm(figures: dict) -> str:
     return table(['article', 'ours', '', 'tested by'], rows)
 
 
-def serving(figures: dict) -> str:
-    """The mixes of load, each contender's medians and ranges."""
-    return serving_report.tables(figures['rows']) + origin(figures) + notes(figures)
-
-
 def summary() -> str:
     """README's three figures of what has a document of its own."""
     best, plan, cpu = best_rows(read('kernels')['rows']), read('plans'), read('cpu_training')
@@ -207,7 +201,6 @@ BLOCKS = {
     'kernels': lambda: kernels(read('kernels')) + origin(read('kernels')),
     'kernels_bound': lambda: bound(read('kernels')) + notes(read('kernels')),
     'plans': lambda: plans(read('plans')) + origin(read('plans')) + notes(read('plans')),
-    'serving': lambda: serving(read('serving')),
     'easylm': lambda: easylm(read('easylm')),
     'other_plans': lambda: other_plans(read('plans')),
 }
