@@ -8,7 +8,7 @@ CACHE := $(shell echo $${PALLAMA_CACHE:-$$HOME/.cache/pallama})
 RUNS ?= runs
 MODEL := gguf::$(CACHE)/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 REVIEWS := $(CACHE)/rotten_tomatoes
-.PHONY: help quickstart quickstart-full test test-long test-oracle test-tpu test-browser compile-tpu benchmark-tpu benchmark-cpu lint figures readme model assets
+.PHONY: help quickstart quickstart-full test test-long test-oracle test-tpu test-browser compile-tpu benchmark-tpu benchmark-cpu bench-serve lint figures readme model assets
 
 help:  ## this list
 	@sed -n 's/^\([a-z -]*\):.*## *\(.*\)/  make \1#\2/p' Makefile | \
@@ -75,3 +75,18 @@ benchmark-tpu: $(VENV)/installed-test $(VENV)/installed-tpu  ## the table of the
 
 benchmark-cpu: $(VENV)/installed-oracle  ## seconds a training step beside a torch loop (installs torch)
 	$(BIN)/python -m instruments.bench.cpu_training --variant=ynn:--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT --output=$(RUNS)/benchmark_cpu.json
+
+# llama.cpp's own server, out of the source that pip's package brings
+LLAMA := $(RUNS)/llama_cpp
+$(LLAMA)/build/bin/llama-server: $(VENV)/installed-bench
+	@echo "== building llama-server (half an hour on two cores)"
+	mkdir -p $(LLAMA)
+	$(BIN)/python -m pip download --progress-bar=off --no-deps --no-binary llama-cpp-python -c constraints.txt -d $(LLAMA) llama-cpp-python
+	tar xzf $(LLAMA)/llama_cpp_python-*.tar.gz -C $(LLAMA)
+	cmake -S $(LLAMA)/llama_cpp_python-*/vendor/llama.cpp -B $(LLAMA)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON
+	cmake --build $(LLAMA)/build --target llama-server -j 2
+
+MINUTES ?= 5
+MIXES ?= M1,M2,M3,M4,M5,M6,M7,M8,M9
+bench-serve: assets $(LLAMA)/build/bin/llama-server  ## our server beside llama.cpp and transformers: hours (MIXES=M1,M2 MINUTES=1 for fewer)
+	$(BIN)/python -m instruments.bench.serving --checkpoint='$(MODEL)' --text=$(REVIEWS)/train.jsonl --mixes=$(MIXES) --minutes=$(MINUTES) --llama_server=$(LLAMA)/build/bin/llama-server --output=$(RUNS)/serving

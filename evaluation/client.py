@@ -2,9 +2,12 @@
 
 POST /loglikelihood {"prefix_text": [..], "text": [..]} -> {"log_likelihood": [..], "is_greedy": [..]}
 POST /generate {"prefix_text": [..], "temperature": 0.0} -> {"output_text": [..]}
+POST /classify {"texts": [..], "labels": [..], "template": ".."} -> {"results": [{"label": .., "probability": ..}]}
 
-These are EasyLM's endpoints, so that its servers can be evaluated as well.  Neighbours: serving/api.py answers them.
+The first two are EasyLM's endpoints, so that its servers can be evaluated as well.  Neighbours: serving/api.py answers
+them; client.py and evaluate.py ask.
 """
+import http.client
 import json
 import time
 import urllib.error
@@ -18,12 +21,20 @@ ATTEMPTS = 6
 
 
 class Server:
-    """Asks the server at `url`.  batch_size: texts in one request.  timeout: seconds for one answer."""
+    """Asks the server at `url`.  Several threads may ask at once.
 
-    def __init__(self, url: str, batch_size: int, timeout: float = 600.0):
+    batch_size: texts in one request.  timeout: seconds for one answer.  key: what the server wants to be shown (bearer
+    token), '' for none.  attempts: how often a busy server is asked.  patient: a connection that is lost counts as a
+    busy server, once the server has answered anything; `waits(reason, seconds)` is told of every pause.
+    """
+
+    def __init__(self, url: str, batch_size: int, timeout: float = 600.0, key: str = '', attempts: int = ATTEMPTS,
+                 patient: bool = False, waits: Callable[[str, float], None] = lambda reason, seconds: None):
         if not url.startswith(('http://', 'https://')):
             raise Mistake(f'{url=} must begin with http:// or https://, for example --url=http://127.0.0.1:5007')
         self.url, self.batch_size, self.timeout = url.rstrip('/'), batch_size, timeout
+        self.attempts, self.patient, self.waits, self.answered = attempts, patient, waits, False
+        self.headers = {'Content-Type': 'application/json'} | ({'Authorization': f'Bearer {key}'} if key else {})
 
     def loglikelihood(self, prefixes: list[str], texts: list[str],
                       progress: Callable[[int], None] = lambda done: None) -> list[tuple[float, bool]]:
@@ -37,15 +48,51 @@ class Server:
             progress(len(texts[part]))
         return found
 
-    def generate(self, prompts: list[str], progress: Callable[[int], None] = lambda done: None) -> list[str]:
-        """Continue each prompt greedily; the server sets the length."""
+    def generate(self, prompts: list[str], progress: Callable[[int], None] = lambda done: None,
+                 temperature: float = 0.0) -> list[str]:
+        """Continue each prompt, greedily at temperature 0; the server sets the length."""
         texts = []
         for i in range(0, len(prompts), self.batch_size):
             part = prompts[i:i + self.batch_size]
-            texts += self._post('/generate', {'prefix_text': part, 'temperature': 0.0}, len(part),
+            texts += self._post('/generate', {'prefix_text': part, 'temperature': temperature}, len(part),
                                 {'output_text': str})['output_text']
             progress(len(part))
         return texts
+
+    def loglikelihood_rolling(self, texts: list[str]) -> list[tuple[float, bool]]:
+        """Score every token of each text: (log-likelihood in nats, is greedy)."""
+        found = []
+        for i in range(0, len(texts), self.batch_size):
+            part = texts[i:i + self.batch_size]
+            answer = self._post('/loglikelihood-rolling', {'text': part}, len(part),
+                                {'log_likelihood': int | float, 'is_greedy': bool})
+            found += zip(answer['log_likelihood'], answer['is_greedy'], strict=True)
+        return found
+
+    def greedy_until(self, prompts: list[str], stops: list[list[str]], max_length: int | None = None) -> list[str]:
+        """Continue each prompt greedily up to one of its stop texts, or for max_length tokens (None: the server's)."""
+        texts, most = [], {} if max_length is None else {'max_length': max_length}
+        for i in range(0, len(prompts), self.batch_size):
+            part = prompts[i:i + self.batch_size]
+            texts += self._post('/greedy-until', {'prefix_text': part, 'until': stops[i:i + self.batch_size], **most},
+                                len(part), {'output_text': str})['output_text']
+        return texts
+
+    def classify(self, texts: list[str], labels: list[str] | None = None, template: str = '') -> list[dict]:
+        """The label of each text: {'label': name or None, 'probability': .., 'probabilities': {name: ..}}.
+
+        Without labels and template (with {text} in it) those of the served model hold.
+        """
+        found, asked = [], {name: value for name, value in (('labels', labels), ('template', template)) if value}
+        for i in range(0, len(texts), self.batch_size):
+            part = texts[i:i + self.batch_size]
+            results = self._post('/classify', {'texts': part, **asked}, len(part), {'results': dict})['results']
+            for result in results:
+                if not isinstance(result.get('label', 0), str | None) or not isinstance(
+                        result.get('probability'), int | float):
+                    raise Mistake(f'url={self.url!r} answered /classify without label and probability: {result!r:.200}')
+            found += results
+        return found
 
     def _post(self, path: str, body: dict, count: int, fields: dict[str, type]) -> dict:
         """Ask and return the answer, in which every field is a list of `count` values of its type."""
@@ -62,19 +109,31 @@ class Server:
 
     def _send(self, path: str, body: bytes) -> bytes:
         """Send a request, again to a busy server after as many seconds as it says; refuse any other refusal."""
-        request = urllib.request.Request(self.url + path, body, {'Content-Type': 'application/json'})
-        for attempt in range(ATTEMPTS):
+        request = urllib.request.Request(self.url + path, body, self.headers)
+        for attempt in range(self.attempts):
+            last, wait = attempt == self.attempts - 1, min(2.0 ** attempt, 30.0)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return response.read()
+                    text = response.read()
+                self.answered = True
+                return text
             except urllib.error.HTTPError as error:
+                self.answered = True
                 said = error.read(300).decode('utf-8', 'replace')
-                if error.code not in BUSY or attempt == ATTEMPTS - 1:
+                if error.code not in BUSY or last:
                     raise Mistake(f'url={self.url!r} refused {path}: {error.code} {error.reason} {said}') from None
-                wait = error.headers.get('Retry-After', '')
-                time.sleep(min(float(wait) if wait.isdigit() else 2.0 ** attempt, 30.0))
-            except OSError as error:
+                after = error.headers.get('Retry-After', '')
+                wait = min(float(after), 30.0) if after.isdigit() else wait
+                self._wait(f'{error.code} {error.reason}', wait)
+            except (OSError, http.client.HTTPException) as error:  # IncompleteRead: it went away within an answer
                 reason = getattr(error, 'reason', error)
-                raise Mistake(f'url={self.url!r} gave no answer to {path}: {reason}; is the server running there '
-                                 f'(serve.py), and does it answer within {self.timeout:g} s?') from None
+                slow = isinstance(reason, TimeoutError)  # asked again it would only have more to do
+                if last or slow or not (self.patient and self.answered):
+                    raise Mistake(f'url={self.url!r} gave no answer to {path}: {reason}; is the server running there '
+                                  f'(serve.py), and does it answer within {self.timeout:g} s?') from None
+                self._wait(f'connection lost: {reason}', wait)
         raise AssertionError('the loop returns or raises')
+
+    def _wait(self, reason: str, seconds: float) -> None:
+        self.waits(reason, seconds)
+        time.sleep(seconds)

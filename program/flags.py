@@ -57,8 +57,8 @@ MOST_USED = (
     'train_dataset.text_processor.fields', 'train_dataset.json_dataset.batching',
     'train_dataset.json_dataset.seq_length', 'train_dataset.json_dataset.batch_size', 'total_steps', 'epochs',
     'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'input_length', 'seq_length',
-    'batch_size', 'lm_server.host', 'lm_server.port', 'lm_server.batch_size', 'lm_server.default_temperature', 'serve',
-    'output', 'output_dir', 'before',
+    'batch_size', 'parallel', 'lm_server.host', 'lm_server.port', 'lm_server.batch_size',
+    'lm_server.default_temperature', 'serve', 'output', 'output_dir', 'before',
 )
 # heading of --help -> how the names of its flags begin; flags of no group come under `more`
 GROUPS = {
@@ -232,6 +232,22 @@ def _as_train_dataset(table: tuple[Flag, ...]) -> tuple[Flag, ...]:
                  flag._replace(default=None, kind=flag.type, help=f'{flag.help}; not given: as train_dataset has it')
                  for flag in table)
 
+
+CLIENT = (
+    Flag('input', '', 'what to ask: eval_NAME.json or NAME.jsonl of prepare_data.py, or another file like them; '
+         '`client.py FILE` is the same', path='read'),
+    Flag('output', '', 'file of the answers, one JSON object a line; an unfinished one is gone on with; empty: '
+         'answers_NAME.jsonl (classes_NAME.jsonl with --method=classify) beside the input', path='write'),
+    Flag('url', 'http://127.0.0.1:5007', 'the server: serve.py, or for --method=generate one of EasyLM'),
+    Flag('method', 'generate', 'generate: continue each prompt; classify: the probability of each label',
+         ('generate', 'classify')),
+    Flag('temperature', 0.0, 'of generate; 0 takes the likeliest token', least=0),
+    Flag('batch_size', 16, 'texts in one request', least=1),
+    Flag('parallel', 4, 'requests under way at once', least=1, most=256),
+    Flag('timeout', 600.0, 'seconds for the answer to one request', above=0),
+    Flag('attempts', 12, 'how often a request is sent to a server that is busy (429, 503) or went away', least=1),
+    Flag('api_key_file', '', "file that holds the server's API key and nothing else", path='read'),
+)
 
 REMAT = ('', 'nothing_saveable', 'checkpoint_dots', 'checkpoint_dots_with_no_batch_dims', 'everything_saveable')
 REMAT_VALUES = f'one of {", ".join(REMAT[1:])}, or save:NAME,NAME to save the tensors of these names (model/remat.py)'

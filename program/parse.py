@@ -268,7 +268,8 @@ def reference() -> str:
              '`--config=FILE.py`, `--show_traceback`, `--help` and `--help=WORD` too. A path may begin with `~`; where '
              'an asset is said, the name of one of `python fetch.py --list=True` does for the path.', '']
     tables = {'train.py': flags.TRAIN, 'plan.py': flags.PLAN, 'serve.py': flags.SERVE, 'evaluate.py': flags.EVALUATE,
-              'prepare_data.py': flags.PREPARE, 'convert.py': flags.CONVERT, 'fetch.py': flags.ASSETS}
+              'client.py': flags.CLIENT, 'prepare_data.py': flags.PREPARE, 'convert.py': flags.CONVERT,
+              'fetch.py': flags.ASSETS}
     for program, table in tables.items():
         lines += [f'## {program}', '| flag | default | meaning |', '|---|---|---|']
         for flag in table:

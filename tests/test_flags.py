@@ -14,7 +14,7 @@ TABLE = (Flag('a.rate', 0.5, 'a number'), Flag('a.steps', 3, 'a count'), Flag('k
          Flag('on', False, 'a switch'), Flag('maybe', None, 'filled in later', kind=bool))
 ROOT = pathlib.Path(__file__).parent.parent
 TABLES = {'fetch.py': flags.ASSETS, 'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE,
-          'evaluate.py': flags.EVALUATE, 'convert.py': flags.CONVERT, 'plan.py': flags.PLAN}
+          'evaluate.py': flags.EVALUATE, 'client.py': flags.CLIENT, 'convert.py': flags.CONVERT, 'plan.py': flags.PLAN}
 
 
 def read(*arguments):

@@ -59,7 +59,8 @@ def test_nothing_unpickles_or_evaluates_strings(path):
 
 DOCUMENTS = ['README.md', 'BUILD.md', *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('docs/*.md'))]
 TABLES = {'prepare_data.py': flags.PREPARE, 'train.py': flags.TRAIN, 'serve.py': flags.SERVE, 'plan.py': flags.PLAN,
-          'evaluate.py': flags.EVALUATE, 'fetch.py': flags.ASSETS, 'convert.py': flags.CONVERT}
+          'evaluate.py': flags.EVALUATE, 'fetch.py': flags.ASSETS, 'convert.py': flags.CONVERT,
+          'client.py': flags.CLIENT}
 
 
 @pytest.mark.parametrize('text', [*DOCUMENTS, 'quickstart.sh'])
