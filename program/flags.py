@@ -148,8 +148,8 @@ MODEL = (  # common to every program that runs the network
 ADD_BOS_TOKEN = Flag('add_bos_token', None, 'begin each prompt with the bos token; not given: as the checkpoint was '
                      'trained, True where it does not say', kind=bool)
 
-WEIGHT_DTYPE = ('how the weights are kept: fp32, bf16, or int8 with a factor for each output channel, which also rounds '
-                'activations to int8 (model/quantized.py); empty for that of --dtype')
+WEIGHT_DTYPE = ('how the weights are kept: fp32, bf16, or int8 with a factor for each output channel, which also '
+                'rounds activations to int8 (model/quantized.py); empty for that of --dtype')
 CACHE_DTYPE = 'how keys and values are kept: fp32, bf16, or int8 with a factor for each head; empty for that of --dtype'
 
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
@@ -391,8 +391,8 @@ SERVE = MODEL + (
          'must bring as the header Authorization: Bearer KEY', path='read'),
     Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
     Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
-    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), chatml, "
-         'llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else plain where '
+    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), "
+         'chatml, llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else plain where '
          'one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
     Flag('lm_server.request_seconds', 0.0, 'longest time that an answer may take; 0 for no limit', least=0),
     Flag('lm_server.drain_seconds', 30.0, 'after SIGTERM: how long running requests may take to end', least=0),

@@ -56,8 +56,8 @@ class Pieces:
 
 @pytree
 class Chosen:
-    """Hold what comes after each row: the token, its log-probability (of the model, before bias and temperature), whether
-    all logits were finite; top: the likeliest tokens with theirs, zeros where no row asked."""
+    """Hold what comes after each row: the token, its log-probability (the model's, before bias and temperature), and
+    whether all logits were finite; top: the likeliest tokens with theirs, zeros where no row asked."""
 
     token_R: jax.Array
     logprob_R: jax.Array
@@ -68,8 +68,8 @@ class Chosen:
 
 @pytree
 class Scores:
-    """Hold what is known of each scored token: its log-probability, whether it is the likeliest known id, whether all logits
-    were finite; top as in Chosen."""
+    """Hold what is known of each scored token: its log-probability, whether it is the likeliest known id, and whether
+    all logits were finite; top as in Chosen."""
 
     logprob_P: jax.Array
     greedy_P: jax.Array
