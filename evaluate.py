@@ -31,7 +31,7 @@ from data.parts import sample
 from data.prompt import PromptTemplate
 from data.tables import labelled_files
 from data.tokenizer import load_tokenizer
-from evaluation import accuracy
+from evaluation import accuracy, calibration
 from evaluation.client import Server
 from hosts import processes
 from hosts.start import failing_together, start_processes
@@ -64,6 +64,9 @@ def main(config) -> None:
     start_processes(config)
     load = settings.read_load(config)
     source = open_source(load)
+    if config.calibrate and not (source and source.native):
+        raise Mistake(f'load_checkpoint={config.load_checkpoint!r} cannot keep a temperature: convert it first '
+                      '(convert.py --format=native)')
     files, examples, template = read_input(config, source)
     if config.sample_size:
         examples = sample(examples, size=config.sample_size, seed=config.seed)
@@ -75,6 +78,8 @@ def main(config) -> None:
     if processes.index() > 0:
         return  # every process asks the engine, process 0 says what came of it
     print_result(result, before)
+    if directory := source and source.native and Path(source.native.path):
+        add_calibration(result, examples, calibration.read_temperature(directory), config.calibrate)
     result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
               'flags': json.loads(config.to_json()),
               'data': [{'file': str(file), 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()} for file in files],
@@ -82,9 +87,14 @@ def main(config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / 'evaluation.json').write_text(
         json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
-    source = [config.url or config.load_checkpoint, Path(config.input).name, config.split, result['date'][:10]]
-    accuracy.draw_confusion(result['results'], output / 'confusion_matrix.png', ' · '.join(filter(None, source)))
+    named = [config.url or config.load_checkpoint, Path(config.input).name, config.split, result['date'][:10]]
+    accuracy.draw_confusion(result['results'], output / 'confusion_matrix.png', ' · '.join(filter(None, named)))
     print(f'wrote {output}/evaluation.json and {output}/confusion_matrix.png')
+    if config.calibrate:
+        found = result['results']['loglikelihood']['calibration']
+        path = calibration.write(directory, {**found, 'date': result['date'], 'data': result['data'],
+                                             'reviews': len(examples)})
+        print(f'wrote {path}: serve.py uses its temperature')
 
 
 # ---------------------------------------------------------------- what the flags say
@@ -99,6 +109,9 @@ def output_directory(config) -> Path:
     if bool(config.url) == bool(config.load_checkpoint):
         raise Mistake(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
     output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
+    if config.calibrate and (config.url or config.method == 'generate'):
+        raise Mistake(f'{config.calibrate=} needs log-likelihoods and a checkpoint to keep the temperature in: use '
+                      '--load_checkpoint=DIRECTORY and --method=loglikelihood')
     if (output / 'evaluation.json').exists():
         raise Mistake(f'output_dir={str(output)!r} holds an evaluation.json already: choose another --output_dir')
     return output
@@ -257,6 +270,22 @@ def print_result(result: dict, before: dict | None) -> None:
     else:
         for row in result['samples']:
             print(f"\n{row['text']}\n  original: {row['label']}\n  generated: {row['generated']!r}")
+
+
+def add_calibration(result: dict, examples: list[Example], temperature: float, fit: bool) -> None:
+    """Add and print what the checkpoint's temperature does to the probabilities; with `fit`, one fitted here."""
+    if 'loglikelihood' not in result['results']:
+        return
+    scores = [[-math.inf if score is None else score for score in row['loglikelihood']['log_likelihood']]
+              for row in result['reviews']]
+    labels = [example.label for example in examples]
+    if fit:
+        temperature = calibration.fit_temperature(scores, labels)
+    found = result['results']['loglikelihood']['calibration'] = calibration.report(scores, labels, temperature)
+    before, after = found['before'], found['after']
+    where = 'fitted on these reviews' if fit else 'of the checkpoint'
+    print(f"\nprobabilities, temperature {temperature:.3f} ({where}): ECE {before['ece']:.3f} -> {after['ece']:.3f}, "
+          f"Brier {before['brier']:.3f} -> {after['brier']:.3f}")
 
 
 def rightness(evaluation: dict, method: str) -> dict[tuple[str, str], bool]:

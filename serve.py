@@ -28,6 +28,7 @@ import jax
 import uvicorn
 
 from data.prompt import PromptTemplate
+from evaluation.calibration import read_temperature
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
@@ -71,6 +72,8 @@ def main(config) -> None:
         started = time.monotonic()
         line = CallLine() if processes.count() > 1 else None
         thread = EngineThread(engine, config.lm_server.queue_size, warm_up, config.num_beams, line)
+        options = dataclasses.replace(options, calibration_temperature=read_temperature(
+            model.source.native and Path(model.source.native.path)))
         app = make_app(thread, texts, options, info_of(model), chat_of(config.lm_server, model, options))
         server = Server(app, thread, config.lm_server.drain_seconds)
 

@@ -163,6 +163,8 @@ EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'spl
          path='write'),
     Flag('before', '', 'evaluation.json of the same reviews before fine-tuning: prints what changed', path='read'),
     Flag('samples', 6, 'reviews whose generated text is kept and shown; 0 for none', least=0),
+    Flag('calibrate', False, 'fit the temperature of the probabilities of labels on these reviews, which must neither '
+         'have trained the model nor be those that test it, and keep it in the checkpoint for /classify'),
     Flag('sample_tokens', 48, 'most tokens generated for such a sample (a server decides by itself)', least=1),
     Flag('max_new_tokens', 8, 'most tokens of an answer, method=generate (a server decides by itself)', least=1),
     Flag('batch_size', 16, 'texts computed together (slots of the engine), or in a request to the server', least=1),

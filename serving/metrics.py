@@ -26,7 +26,7 @@ COUNTERS = {
 
 @dataclasses.dataclass
 class Tally:
-    """What one request was: `started` and `first` (the first piece of an answer, where it was streamed) in seconds."""
+    """Count one request: `started` and `first` (the first piece of an answer, where it was streamed) in seconds."""
 
     id: str
     started: float

@@ -76,7 +76,7 @@ class StructuredOutputs(Body):
 
 
 class Sampled(Body):
-    """What completions and chats have in common."""
+    """Hold the fields that completions and chats have in common."""
 
     model: maybe(str, 'the name that /v1/models tells', max_length=1000) = None
     temperature: number(0, 100) = None
@@ -338,7 +338,7 @@ class Asked:
                 'prompt_tokens_details': {'cached_tokens': cached}}
 
     def pieces(self, index: int, event: Event) -> list[dict]:
-        """What is sent for one event of a stream."""
+        """Write what is sent for one event of a stream."""
         if isinstance(event, Delta):
             return [self.piece([self.part(index, event)])] if event.text or event.tokens else []
         return [self.piece([self.end(index, event)])]
@@ -464,7 +464,7 @@ class Chats(Asked):
         self.prompt_lengths = [len(self.works[0].prompt_ids)]
 
     def choices(self) -> list[str] | None:
-        """What may come out: of structured_outputs as it is, of response_format in quotation marks."""
+        """List what may come out: of structured_outputs as it is, of response_format in quotation marks."""
         form, outputs = self.body.response_format, self.body.structured_outputs
         if form is None or form.type == 'text':
             if form is not None and form.json_schema is not None:
