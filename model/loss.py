@@ -143,23 +143,3 @@ def row_mean_loss(nll_BP, correct_BP, mask_BP, row_weight_B) -> tuple[Array, Arr
     row_mean = lambda x_BP: (x_BP * mask_BP).sum(axis=-1) / targets_B
     mean = lambda x_BP: lax.psum((row_mean(x_BP) * row_weight_B).sum(), ('dp', 'fsdp')) / rows
     return mean(nll_BP), mean(correct_BP.astype(jnp.float32))
-
-
-def is_likeliest(params: Llama, h_BPM: Array, targets_BP: Array, vocabulary: int) -> Array:
-    """Tell, as correct_BP bool, whether each target is the likeliest of the ids below `vocabulary`.
-
-    h_BPM is whole on every mp device; the result is too.  No gradients.
-    """
-    head_VM = _whole_head(params, h_BPM)
-    first_id, h_BPM = head_VM.shape[0] * lax.axis_index('mp'), varying(h_BPM, ('mp',))
-
-    def chunk(carry, rows_CM, first, seen):
-        best_BP, z_target_BP = carry
-        z_BPC, ids_11C = _logits(rows_CM, h_BPM), first_id + first + jnp.arange(rows_CM.shape[0])[None, None]
-        largest = lambda counts: jnp.where(counts, z_BPC, -jnp.inf).max(axis=-1)
-        return (jnp.maximum(best_BP, largest(ids_11C < vocabulary)),
-                jnp.maximum(z_target_BP, largest(ids_11C == targets_BP[..., None])))
-
-    none_BP = varying(jnp.full(targets_BP.shape, -jnp.inf), varies(h_BPM))
-    best_BP, z_target_BP = _over_chunks(chunk, (none_BP, none_BP), head_VM, none_BP.size)
-    return lax.pmax(z_target_BP, 'mp') >= lax.pmax(best_BP, 'mp')

@@ -23,6 +23,7 @@ class TextStream:
         self._ids: list[int] = []
         self._whole = 0  # tokens whose text is in _decoded
         self._decoded = ''  # whole characters so far
+        self._begun = False  # some text was decoded
         self.text, self.stopped = '', False
 
     def add(self, token_id: int) -> str:
@@ -44,9 +45,9 @@ class TextStream:
         if both.endswith(BROKEN) and not finished and len(self._ids) - self._whole < LONGEST_CHARACTER:
             return ''
         more = both[len(before):]
-        if self._whole == 0:
+        if more and not self._begun:
             # sentencepiece drops the blank that begins a text, byte-level BPE keeps it: an answer begins without it
-            more = more.removeprefix(' ')
+            more, self._begun = more.removeprefix(' '), True
         self._whole = len(self._ids)
         return more
 

@@ -373,6 +373,27 @@ def test_sampling_repeats_from_the_start_and_not_from_work_to_work(asker):
     assert asker.engine.run(works)[0].token_ids == own
 
 
+@pytest.mark.parametrize('mesh_dim', ['1,1,1', '1,1,2'])
+def test_ids_that_only_pad_the_vocabulary_are_never_chosen(make, tokenizer, mesh_dim):
+    """The tokenizer is made to know 600 of the 640 ids, and an EOS that never comes: no answer has another id, though
+    the model likes 601, 605 and 607; `is_greedy` is true of such an answer and false where its last id is another; of a
+    text's first token too it compares the 600."""
+    few = copy.copy(tokenizer)
+    few.vocab_size, few.eos_token_id = 600, 3
+    asker = make(mesh_dim, tokenizer=few)
+    answers = asker.tokens(0.0, PROMPTS)
+    assert max(map(max, answers)) < 600
+    others = [[*ids[:-1], (ids[-1] + 1) % 600] for ids in answers]
+    for texts, expected in ((answers, True), (others, False)):
+        scored = asker.engine.run([Score((few.bos_token_id, *few.encode(prompt)), (tuple(text),))
+                                   for prompt, text in zip(PROMPTS, texts, strict=True)])
+        assert [all(result.greedy[0]) for result in scored] == [expected] * len(PROMPTS)
+    token, = few.encode('a')
+    asker.engine._first_V = np.where(np.arange(640) < 600, -9.0, -1.0)
+    asker.engine._first_V[token] = -2.0
+    assert asker.loglikelihood([''], ['a']) == [(-2.0, True)]
+
+
 # ---------------------------------------------------------------- stops, choices, biases
 
 

@@ -169,6 +169,25 @@ def easylm(figures: dict) -> str:
     return table(['article', 'ours', '', 'tested by'], rows)
 
 
+def serving_ratios(figures: dict) -> str:
+    """What a server's ways of asking cost beside each other, for each dtype of the weights."""
+    kinds = list(figures['rows'])
+    by_name = {kind: {row['name']: row for row in figures['rows'][kind]} for kind in kinds}
+    cells = lambda name, cell: [cell(by_name[kind][name]) if name in by_name[kind] else '' for kind in kinds]
+    rows = [[text, *cells(name, lambda row: f'{row["ratio"]:.2f}')] for name, text in (
+        ('together', '16 requests of one prompt, sent together / one request of 16'),
+        ('slots', 'a prompt in a server of 16 slots / of one'),
+        ('abandoned', 'a prompt just behind a client that left 32 / alone'))]
+    rows += [[f'all {by_name[kinds[0]][name]["reviews"]:,} reviews through `{name}`', *cells(
+        name, lambda row: f'{row["seconds"]:.0f} s, {percent(row["correct"] / row["reviews"])}')]
+        for name in ('/generate', '/classify')]
+    each = lambda kind: by_name[kind]["EasyLM's way"]["seconds_each"]
+    rows.append(["`/generate` beside EasyLM's way (a prompt at a time, padded to 1,024)", *(
+        f'{each(kinds[0]) * by_name[kind]["/generate"]["reviews"] / by_name[kind]["/generate"]["seconds"]:.0f} times as '
+        'fast' for kind in kinds)])
+    return table(['', *kinds], rows)
+
+
 def summary() -> str:
     """README's three figures of what has a document of its own."""
     best, plan, cpu = best_rows(read('kernels')['rows']), read('plans'), read('cpu_training')
@@ -201,6 +220,8 @@ BLOCKS = {
     'kernels': lambda: kernels(read('kernels')) + origin(read('kernels')),
     'kernels_bound': lambda: bound(read('kernels')) + notes(read('kernels')),
     'plans': lambda: plans(read('plans')) + origin(read('plans')) + notes(read('plans')),
+    'serving_ratios': lambda: serving_ratios(read('serving_ratios')) + origin(read('serving_ratios')) + notes(
+        read('serving_ratios')),
     'easylm': lambda: easylm(read('easylm')),
     'other_plans': lambda: other_plans(read('plans')),
 }
