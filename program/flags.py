@@ -394,8 +394,8 @@ SERVE = MODEL + (
     Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
     Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
     Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), "
-         'chatml, llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else plain '
-         'where one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
+         'chatml, llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else '
+         'plain where one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
     Flag('lm_server.request_seconds', 0.0, 'longest time that an answer may take; 0 for no limit', least=0),
     Flag('lm_server.drain_seconds', 30.0, 'after SIGTERM: how long running requests may take to end', least=0),
     Flag('lm_server.max_body_bytes', 4_000_000, 'largest body of a request', least=1),

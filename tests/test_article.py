@@ -87,7 +87,8 @@ def test_the_documents_list_every_endpoint():
     for row in easylm.values():
         assert_tests_exist(row[-1])
     sources = ''.join((ROOT / 'serving' / name).read_text() for name in ('api.py', 'openai.py'))
-    served = {'GET /'} | {f'{method.upper()} {path}' for method, path in re.findall(r"@app\.(get|post)\('(/[\w/-]*)'", sources)}
+    served = {'GET /'} | {f'{method.upper()} {path}'
+                          for method, path in re.findall(r"@app\.(get|post)\('(/[\w/-]*)'", sources)}
     assert set(easylm) <= served and len(served) > 10
     named = set(re.findall(r'`(/[\w/.-]*)`', (ROOT / 'docs/SERVING.md').read_text()))
     assert named - {'/openapi.json'} == {row.split()[1] for row in served} - {'/', '/info'}
