@@ -254,7 +254,7 @@ def test_who_cannot_be_told_harms_nobody_else(make, capfd, streamed):
         raise KeyError('nobody listens')
 
     _, before = submit(thread, work(30, streamed=True))
-    thread.submit([work(2, streamed=streamed), work(150), work(150)], broken)
+    thread.submit([work(4, streamed=streamed), work(150), work(150)], broken)
     assert before.kinds() == submit(thread, work())[1].kinds() == [Generated]
     until(lambda: thread.stats()['active'] == 0)
     assert thread.failure is None and thread.stats()['works']['finished'] == 2 + (not streamed)
@@ -323,8 +323,8 @@ def test_closing_finishes_what_is_in_line_and_takes_no_more(make):
 @pytest.mark.parametrize('seconds', [0, 0.1])
 def test_closing_in_a_time_cancels_the_rest(make, seconds):
     """What ends in time is answered, the rest is cancelled, running or in line; it is over soon after."""
-    thread = make(lambda name, arguments: time.sleep(0.005), length=100_000)
-    short, long = submit(thread, work(1))[1], [submit(thread, work(90_000))[1] for _ in range(4)]
+    thread = make(lambda name, arguments: time.sleep(0.005), length=2000)
+    short, long = submit(thread, work(1))[1], [submit(thread, work(1000))[1] for _ in range(4)]
     assert short.ended.wait(10)
     started = time.monotonic()
     thread.close(seconds)
