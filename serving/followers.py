@@ -6,8 +6,8 @@ JAX's coordination service before each turn; the others read it and make the tur
 follows from that, from the turns before, and from results that every process holds whole (`Programs._shardings`).
 
 Turns go through the store, not by a broadcast between devices, because a server can be idle for days: devices that wait
-in a collective are busy, and some transports give up after a while.  A turn costs one round trip; every MEET_EVERY
-turns all meet, and what was heard is deleted.
+in a collective are busy, and some transports give up after a while.  A turn costs one round trip, or one for each part
+of a large one; every MEET_EVERY parts all meet, and what was heard is deleted.
 
 Nobody is left behind: start.failing_together ends all when one fails, and JAX when one is gone (process 0: at once;
 another: when its heartbeat has been missing for start.HEARTBEAT_SECONDS).
@@ -21,16 +21,17 @@ import jax
 from jax._src.distributed import global_state  # the client of the coordination service has no public name
 
 from serving.engine import Engine
-from serving.work import Generate, RequestError, Sampling, Score, Work
+from serving.work import Generate, Sampling, Score, Work
 
-MEET_EVERY = 256  # turns
-MAX_CALL_BYTES = 64_000_000
+MEET_EVERY = 256  # parts
+PART_BYTES = 64_000_000  # at most, of one value in the store
+MORE, LAST, END = '+', '.', 'end'  # how a part begins that others follow, or none; what stands where no turn comes
 MEET_SECONDS = 600  # a follower can be behind by a program it must compile, and process 0 had in its cache
 ASK_SECONDS = 30  # for one question to the store, which is asked again
 
 
 class CallLine:
-    """Carries calls from process 0 to the others, one after the other, and at last that there are no more."""
+    """Carries turns from process 0 to the others, one after the other, and at last that there are no more."""
 
     def __init__(self):
         self._client = global_state.client
@@ -39,16 +40,16 @@ class CallLine:
     # ------------------------------------------------------------ process 0
 
     def tell(self, news: list) -> None:
-        """Tell every process of a turn.  Raises RequestError, first, for one too large."""
-        text = json.dumps(news, ensure_ascii=False)
-        if (size := len(text.encode())) > MAX_CALL_BYTES:
-            raise RequestError(f'{size} bytes of text: at most {MAX_CALL_BYTES} can be sent to the other processes')
-        self._client.key_value_set(self._key(), text)
-        self._next(delete=True)
+        """Tell every process of a turn."""
+        text = json.dumps(news)  # ASCII: as many bytes as characters
+        for begin in range(0, len(text), PART_BYTES):
+            part = text[begin:begin + PART_BYTES]
+            self._client.key_value_set(self._key(), (MORE if begin + len(part) < len(text) else LAST) + part)
+            self._next(delete=True)
 
     def end(self) -> None:
-        """Tell the others that there are no more calls."""
-        self._client.key_value_set(self._key(), 'null')
+        """Tell the others that there are no more turns."""
+        self._client.key_value_set(self._key(), END)
 
     def await_followers(self, closing: Callable[[], bool]) -> None:
         """Wait until all others are ready, or closing() says that nobody needs them any more."""
@@ -63,17 +64,20 @@ class CallLine:
         self._client.key_value_set(f'pallama/ready/{global_state.process_id}', '')
 
     def ended(self) -> bool:
-        """Tell whether process 0 has no more calls; ask where a call would have to wait."""
-        return self._get(self._key(), 0.01) == 'null'
+        """Tell whether process 0 has no more turns; ask where a turn would have to wait."""
+        return self._get(self._key(), 0.01) == END
 
     def hear(self) -> list | None:
         """Wait for the news of the next turn, however late it comes; None when there are no more."""
-        while (text := self._get(self._key(), ASK_SECONDS)) is None:
-            pass
-        if (news := json.loads(text)) is None:
-            return None
-        self._next(delete=False)
-        return news
+        text, mark = '', MORE
+        while mark == MORE:
+            while (part := self._get(self._key(), ASK_SECONDS)) is None:
+                pass
+            if part == END:
+                return None
+            self._next(delete=False)
+            mark, text = part[0], text + part[1:]
+        return json.loads(text)
 
     # ------------------------------------------------------------ both
 

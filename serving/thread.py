@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from serving.engine import PROGRAMS, Engine
 from serving.followers import CallLine, apply, to_json
-from serving.work import Cancelled, Delta, EngineFailed, Event, QueueFull, Work
+from serving.work import Cancelled, Delta, EngineFailed, Event, QueueFull, RequestError, Work
 
 OnEvent = Callable[[int, Event], None]
 
@@ -50,15 +50,21 @@ class EngineThread:
         """Queue the works of one request: the ticket by which `cancel` knows it.
 
         on_event(index of the work, event) is called in the engine's thread: for each work any number of Deltas, then
-        one Generated, Scored or exception.  Raises QueueFull, EngineFailed, and RequestError for a work that the engine
-        cannot do; then none of them is done.
+        one Generated, Scored or exception; (-1, EngineFailed) for all that are left when the engine fails.  An on_event
+        that raises is printed, and the request is cancelled.  Raises QueueFull, EngineFailed, Cancelled when it closes,
+        and RequestError for a work that the engine cannot do; then none of them is done.
         """
+        if not works:
+            raise RequestError('there is nothing to do')
         for work in works:
             self._engine.check(work)
         with self._lock:
-            if self.failure is not None or self.closing:
+            if self.failure is not None:
                 raise EngineFailed
-            if self._waiting > self._queue_size:
+            if self.closing:
+                raise Cancelled
+            free = sum(slot.job is None for slot in self._engine.slots)  # who comes has one at the next turn
+            if self._waiting >= self._queue_size + free:
                 raise QueueFull(f'{self._queue_size} requests are waiting already')
             self._waiting += 1
             ticket = next(self._tickets)
@@ -112,9 +118,11 @@ class EngineThread:
             traceback.print_exception(error)
             if not self.warm.done():
                 self.warm.set_exception(error)
-            for ticket, (on_event, _) in list(self._open.items()):
+            for ticket, (on_event, left) in list(self._open.items()):
                 del self._open[ticket]
-                on_event(-1, EngineFailed())
+                self._outcomes['failed'] += left
+                self._tell(ticket, on_event, -1, EngineFailed())
+            self._waiting = 0
             self._on_failure()
 
     def _turns(self) -> None:
@@ -158,6 +166,13 @@ class EngineThread:
                 self._open[ticket] = (told, left - 1)
                 if left == 1:
                     del self._open[ticket]
-            told(index, event)
+            self._tell(ticket, told, index, event)
 
         return on_event, admitted
+
+    def _tell(self, ticket: int, on_event: OnEvent, index: int, event: Event) -> None:
+        try:
+            on_event(index, event)
+        except Exception as error:  # a fault of who asked: the others' works go on
+            traceback.print_exception(error)
+            self.cancel(ticket)

@@ -1,7 +1,12 @@
-"""What stands for the engine in tests of the HTTP side: a thread that answers works at once, or when it is let."""
+"""What stands for the engine in tests of the HTTP side: a thread that answers works at once, or when it is let; and
+what stands for the compiled programs under a true engine."""
 import itertools
 import threading
+from types import SimpleNamespace
 
+import numpy as np
+
+from serving.programs import Chosen, Programs, Scores
 from serving.text_stream import TextStream
 from serving.texts import Question
 from serving.work import Cancelled, Delta, Generate, Generated, QueueFull, Score, Scored, Token
@@ -139,3 +144,46 @@ class LengthTexts:
     @staticmethod
     def _scores(results):
         return [(scored.texts[0][0].logprob, scored.greedy[0][0]) for scored in results]
+
+
+class FakePrograms:
+    """Stands for Programs, without a device: every next token is `token`, every log-probability -1.
+
+    before(name, arguments): called before each program.  calls: of each program that was run, name and first arguments.
+    damaged: slots whose logits are not finite.
+    """
+
+    groups, whole, compilations = 1, False, 0
+    config = SimpleNamespace(vocab_size=640)
+    choice_shape = staticmethod(Programs.choice_shape)
+
+    def __init__(self, token=40, slots=2, length=200):
+        self.token, self.slots, self.length = token, slots, length
+        self.calls, self.damaged = [], set()
+        self.before = lambda name, arguments: None
+
+    def new_cache(self):
+        return None
+
+    def rows_for(self, count):
+        return count
+
+    def pieces_for(self, count):
+        return count
+
+    def warm_up(self, params, cache, names, num_beams=1):
+        for name in names:
+            self.before('warm_up', (name,))
+            yield
+
+    def run(self, name, params, cache, *arguments):
+        self.before(name, arguments)
+        first = arguments[0] if name == 'decode' else arguments[0].tokens_RC
+        slots_R = arguments[1] if name == 'decode' else arguments[0].slots_R
+        self.calls.append((name, np.asarray(first).tolist(), np.asarray(slots_R).tolist()))
+        fill = lambda R, value: np.full(R, value)
+        if name == 'score':
+            R = len(arguments[1])
+            return None, Scores(fill(R, -1.0), fill(R, True), fill(R, True), fill((R, 20), 0), fill((R, 20), -1.0))
+        R, finite_R = len(slots_R), np.array([slot not in self.damaged for slot in slots_R])
+        return None, Chosen(fill(R, self.token), fill(R, -1.0), finite_R, fill((R, 20), 0), fill((R, 20), -1.0))

@@ -5,6 +5,7 @@ JSON and reads the named keys of what comes back.  Our server has the model and 
 """
 import json
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -13,10 +14,7 @@ from fastapi.testclient import TestClient
 import checkpoint
 from data.tokenizer import load_tokenizer
 from model.config import Compute, config_from_dict
-from model.partition import make_mesh
-from serving import engine as engine_file
 from serving.api import Options, make_app
-from serving.engine import Engine
 from serving.thread import EngineThread
 
 
@@ -32,19 +30,16 @@ def post(golden):
     """What LMClient does with a path and a body."""
     folder = golden / 'easylm'
     config = config_from_dict(json.loads((folder / 'model.json').read_text()), 'model.json')
-    mesh = make_mesh('1,1,1', jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_file, 'SMALLEST_PROMPT', 64)
-        jax.config.update('jax_disable_most_optimizations', True)
-        params = checkpoint.open(f'params::{folder}/streaming_params_trained').load_params(config, mesh)
-        engine = Engine(params, config, Compute(), load_tokenizer(folder / 'tokenizer.model'), mesh,
-                        batch_size=2, input_length=64, seq_length=128)
-        thread = EngineThread(engine, queue_size=4, warm_up=())
-        with TestClient(make_app(thread, Options()), base_url='http://localhost:5007') as client:
-            client.get('/ready')
-            yield lambda path, body: client.post(path, json=body).json()
-        thread.close()
-        jax.config.update('jax_disable_most_optimizations', False)
+    jax.config.update('jax_disable_most_optimizations', True)
+    params = checkpoint.open(f'params::{folder}/streaming_params_trained').load_params(config, helpers.one_device())
+    asker = helpers.Asker(params, config, Compute(), load_tokenizer(folder / 'tokenizer.model'), helpers.one_device(),
+                          batch_size=2)
+    thread = EngineThread(asker.engine, queue_size=4, warm_up=())
+    with TestClient(make_app(thread, asker.texts, Options()), base_url='http://localhost:5007') as client:
+        client.get('/ready')
+        yield lambda path, body: client.post(path, json=body).json()
+    thread.close()
+    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def cleaned(text: str) -> str:
