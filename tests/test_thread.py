@@ -401,8 +401,8 @@ def test_nothing_compiles_after_it_is_ready(golden, tokenizer, monkeypatch):
     asked = []
     for number in range(6):
         sampling = Sampling(number / 2, top_k=number % 3 * 70, top_p=1 - number / 40, min_p=0.01, seed=number)
-        asked.append(asker.texts.generate(['a ' * (60 - 10 * number), 'the film ' * 15], sampling, number + 1, logprobs=number % 3,
-                                          streamed=number % 2 == 0).works)
+        asked.append(asker.texts.generate(['a ' * (60 - 10 * number), 'the film ' * 15], sampling, number + 1,
+                                          logprobs=number % 3, streamed=number % 2 == 0).works)
     kept = [submit(thread, *works) for works in asked]
     thread.cancel(kept[3][0])
     answers = [[event for _, event in sorted(events.ends)] for _, events in kept if events.ended.wait(30)]
