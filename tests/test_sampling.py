@@ -188,3 +188,10 @@ def test_ids_that_are_hidden_never_come_out():
     logits_RV = jnp.broadcast_to(jnp.where(jnp.arange(300) < 4, 0.0, -jnp.inf), (200, 300))
     for filters in (dict(), dict(top_k=200), dict(top_p=.999)):
         assert set(choose(logits_RV, choice(200, temperature=100., **filters)).tolist()) == {0, 1, 2, 3}
+
+
+def test_filters_that_keep_more_than_few_keep_them_all():
+    """300 equal tokens: top-k 200 draws of the first 200 and top-p 0.9 of the first 270, not of the first 128."""
+    for filters, kept in ((dict(top_k=200), 200), (dict(top_p=.8999), 270)):
+        found = choose(jnp.zeros((2000, 300)), choice(2000, **filters)).tolist()
+        assert FEW < kept - 10 < max(found) < kept

@@ -247,7 +247,7 @@ def test_a_client_that_leaves_is_left_by_every_process(pretend):
     assert pair.post('/generate', prefix_text=['next']).status_code == 200
     pair.wait_for(lambda: pair.text('calls1') == pair.text('calls0'), 5)
     calls = [line.split()[0] for line in pair.text('calls0').splitlines()]
-    assert calls.count('submit') == 3 and str(list(b'gone'))[:-1] not in pair.text('calls1').replace('submit', '')
+    assert calls.count('submit') == 3 and str(list(b'gone'))[:-1] not in pair.text('calls1')
     assert calls[-4:] == ['submit', 'prefill', 'decode', 'decode']
 
 
@@ -328,9 +328,9 @@ def test_ready_means_that_all_are(store, tokenizer):
 
 
 def listening():
-    """(the thread of another process that hears turns until the end, what it heard)"""
+    """(the thread of another process that hears turns until the end, what it heard, 'the end' last)"""
     heard = []
-    other = threading.Thread(target=lambda: heard.extend(iter(CallLine().hear, None)), daemon=True)
+    other = threading.Thread(target=lambda: heard.extend([*iter(CallLine().hear, None), 'the end']), daemon=True)
     other.start()
     return other, heard
 
@@ -348,7 +348,7 @@ def test_the_store_keeps_no_turn_that_was_heard(store, monkeypatch):
         assert len(store.values) == (n + 1) % 10
     line.end()
     other.join(10)
-    assert heard == [[['submit', n, [str(n)]]] for n in range(100)]
+    assert heard == [*([['submit', n, [str(n)]]] for n in range(100)), 'the end']
 
 
 @pytest.mark.parametrize('part', [1, 7, 40, 64_000_000])
@@ -364,7 +364,7 @@ def test_a_large_turn_is_told_in_parts(store, monkeypatch, part):
         line.tell(turn)
     line.end()
     other.join(10)
-    assert heard == turns and max(sizes) <= max(part + 1, len(followers.END))
+    assert heard == [*turns, 'the end'] and max(sizes) <= max(part + 1, len(followers.END))
     assert len(sizes) == 1 + sum(-(-len(json.dumps(turn)) // part) for turn in turns)
 
 
@@ -383,7 +383,7 @@ def test_a_work_is_the_same_behind_json(work):
 def test_nothing_but_works_can_be_named(kind):
     """What is written into the store can make an engine do a Generate or a Score, and nothing else."""
     with pytest.raises(KeyError):
-        from_json(dict(kind=kind, prompt_ids=[1], max_new_tokens=1))
+        from_json(to_json(Generate((1,), 1)) | dict(kind=kind))
     with pytest.raises(TypeError):
         from_json(to_json(Generate((1,), 1)) | dict(other=1))
 
@@ -397,7 +397,8 @@ def test_an_engine_that_follows_runs_the_same_programs(store, tokenizer, monkeyp
     leader, follower = FakePrograms(slots=3), FakePrograms(slots=3)
     leader.before = follower.before = lambda name, arguments: time.sleep(0.0003)
     thread = EngineThread(Engine(leader, None, tokenizer), 30, (), line=CallLine())
-    other = threading.Thread(target=follow, args=(Engine(follower, None, tokenizer), (), 1, CallLine()), daemon=True)
+    engine, ended = Engine(follower, None, tokenizer), []
+    other = threading.Thread(target=lambda: ended.append(follow(engine, (), 1, CallLine())), daemon=True)
     other.start()
     thread.warm.result(10)
     chance, ends, kept = random.Random(1), [], []
@@ -410,7 +411,7 @@ def test_an_engine_that_follows_runs_the_same_programs(store, tokenizer, monkeyp
             thread.cancel(kept[chance.randrange(len(kept))][1])
     thread.close()
     other.join(10)
-    assert not other.is_alive() and len(ends) == sum(count for count, _ in kept)
+    assert ended == [None] and len(ends) == sum(count for count, _ in kept)
     assert Cancelled in ends and Generated in ends and len(leader.calls) > 50
     assert follower.calls == leader.calls
 
