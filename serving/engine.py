@@ -260,13 +260,14 @@ class Engine:
             request.waiting.popleft()
             if request.waiting:
                 self._turn.append(ticket)
+            self._works += 1
+            if not alone:
+                make = self._score_job if isinstance(work, Score) else self._generate_job
+                slot.job = make(ticket, index, work, slot)
             if index == 0:
                 request.on_admitted()
-            self._works += 1
             if alone:
-                self._search(ticket, index, work)
-                return
-            slot.job = (self._score_job if isinstance(work, Score) else self._generate_job)(ticket, index, work, slot)
+                return self._search(ticket, index, work)
 
     def _slot_for(self, work: Work) -> Slot | None:
         """Find the free slot that holds most of the work's beginning, of equals the one that was used longest ago."""
