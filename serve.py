@@ -73,7 +73,7 @@ def main(config) -> None:
         line = CallLine() if processes.count() > 1 else None
         thread = EngineThread(engine, config.lm_server.queue_size, warm_up, config.num_beams, line)
         options = dataclasses.replace(options, calibration_temperature=read_temperature(
-            model.source.native and Path(model.source.native.path)))
+            model.source and model.source.native and Path(model.source.native.path)))
         app = make_app(thread, texts, options, info_of(model), chat_of(config.lm_server, model, options))
         server = Server(app, thread, config.lm_server.drain_seconds)
 

@@ -83,7 +83,7 @@ def load_engine(config, model):
     programs.before = before
     return Recording(programs, None, load_tokenizer(os.environ['TOKENIZER'])), Texts()
 
-serve.open_model = lambda load, compute: SimpleNamespace(template=None)
+serve.open_model = lambda load, compute: SimpleNamespace(template=None, source=None)
 serve.load_engine, serve.info_of, serve.chat_of = load_engine, lambda model: {}, lambda *_: None
 parse.run(serve.main, flags.SERVE)
 """
