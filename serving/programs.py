@@ -15,8 +15,9 @@ loops to the furthest token, so that no length of text compiles anything.  Each 
 rows without work write there.
 
 **A row's numbers do not depend on the rows beside it.**  That holds to the bit where the platform's matrix products
-have it so, for decode as for pieces: hence never one row alone, but at least two (XLA's CPU takes another product for a
-vector), and at least 64 tokens of pieces.  tests/test_engine.py holds it on the CPU.
+have it so, for decode as for pieces: hence never fewer than four rows (XLA's CPU takes other loops for one, and since
+jax 0.11 for two), or two of int8, whose sums are exact, and at least 64 tokens of pieces.  tests/test_smollm2.py holds
+it on the CPU.
 """
 import dataclasses
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ PIECE = 16  # tokens of a prompt that are computed as one row
 MOST_PIECES = 32  # in one program, of each group: 512 tokens
 FEW_TARGETS = 4  # of each piece, where few are scored
 PLACES_AT_ONCE = 64  # whose logits exist together while scoring
-FEWEST_ROWS, FEWEST_PIECES = 2, 4  # see above
+FEWEST_ROWS, FEWEST_INT8_ROWS, FEWEST_PIECES = 4, 2, 4  # see above
 
 
 @pytree
@@ -109,6 +110,7 @@ class Programs:
         self.config, self.compute, self.mesh = config, compute, mesh
         self.slots, self.length, self.vocabulary, self.answer_tokens = slots, length, vocabulary, answer_tokens
         self.weight_dtype = weight_dtype or compute.dtype
+        self._fewest = FEWEST_INT8_ROWS if self.weight_dtype == 'int8' else FEWEST_ROWS
         self.cache_dtype = jnp.int8 if cache_dtype == 'int8' else DTYPES[cache_dtype or compute.dtype]
         self.groups = rows_unit(mesh)
         self.whole = compute.attention == 'pallas'  # the decode kernel takes every row of the cache
@@ -123,7 +125,7 @@ class Programs:
 
     def rows_for(self, count: int) -> int:
         """Return how many rows a group's decode has for `count` sequences of it."""
-        return self.slots + 1 if self.whole else next(n for n in sizes(FEWEST_ROWS, self.slots) if n >= count)
+        return self.slots + 1 if self.whole else next(n for n in sizes(self._fewest, self.slots) if n >= count)
 
     def pieces_for(self, count: int) -> int:
         """Return how many rows a group's prefill or score has for `count` pieces of it."""
@@ -150,7 +152,7 @@ class Programs:
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)
         G, flag = self.groups, jax.ShapeDtypeStruct((), bool)
         if name == 'decode':
-            every = [self.slots + 1] if self.whole else sizes(FEWEST_ROWS, self.slots)
+            every = [self.slots + 1] if self.whole else sizes(self._fewest, self.slots)
             return [(ints(G * R), ints(G * R), ints(G * R), self.choice_shape(G * R), flag) for R in every]
         pieces = [(R, Pieces(ints(G * R, PIECE), ints(G * R), ints(G * R))) for R in sizes(FEWEST_PIECES, MOST_PIECES)]
         if name == 'prefill':
