@@ -187,7 +187,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_whole_network(asker, toke
 
 def test_scores_are_those_of_the_whole_network_however_texts_share_a_prefix(asker, tokenizer, log_probs):
     """Texts of one token and of several after one prefix are one work, whose prefix is computed once: 2 pieces, and one
-    for each further text of several tokens.  40 texts of one token at one place are more than a program's few."""
+    for each further text of several tokens.  70 texts of one token are more than its program has room for."""
     before = [tokenizer.bos_token_id, *tokenizer.encode('a ' * 20)]
     texts = [(40,), (41, 42), (40, 43, 44), (45,), tuple(range(50, 90))]
     asker.engine.prefix_reuse = False
@@ -200,9 +200,9 @@ def test_scores_are_those_of_the_whole_network_however_texts_share_a_prefix(aske
             np.testing.assert_allclose([token.logprob, token.top[0][1]], [expected_V[token.id], expected_V.max()],
                                        atol=2e-5)
             assert token.id == text[place] and is_greedy == (token.id == expected_V.argmax())
-    many, = asker.engine.run([Score(tuple(before), tuple((token,) for token in range(300, 340)))])
+    many, = asker.engine.run([Score(tuple(before), tuple((token,) for token in range(300, 370)))])
     expected_V = log_probs([before])[0]
-    np.testing.assert_allclose([tokens[0].logprob for tokens in many.texts], expected_V[300:340], atol=2e-5)
+    np.testing.assert_allclose([tokens[0].logprob for tokens in many.texts], expected_V[300:370], atol=2e-5)
     asker.engine.prefix_reuse = True
 
 
