@@ -36,11 +36,10 @@ from evaluation.client import Server
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from model.partition import check_rows, rows_unit
+from model.partition import check_rows
 from program import flags, parse, settings
 from program.model import describe, open_model, open_source
-from serving.engine import Engine
-from serving.programs import Programs, cast_weights
+from serving.engine import make_engine
 from serving.texts import Texts
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'sentencepiece', 'tokenizers')
@@ -188,11 +187,9 @@ def open_engine(config, template: PromptTemplate, examples: list[Example], sourc
     check_rows(config.batch_size, model.mesh, 'batch_size')
     texts = Texts(model.tokenizer, model.config, input_length=max(lengths), seq_length=max(lengths) + new,
                   add_bos_token=model.add_bos_token, template=template)
-    programs = Programs(model.config, model.compute, model.mesh, slots=config.batch_size // rows_unit(model.mesh),
-                        length=texts.seq_length, vocabulary=model.tokenizer.vocab_size,
-                        weight_dtype=config.weight_dtype, cache_dtype=config.cache_dtype)
-    params = cast_weights(model.load_params(config.seed), model.config, model.mesh, programs.weight_dtype)
-    engine = Engine(programs, params, model.tokenizer, seed=config.seed)
+    engine = make_engine(lambda: model.load_params(config.seed), model.config, model.compute, model.mesh,
+                         model.tokenizer, batch_size=config.batch_size, length=texts.seq_length,
+                         weight_dtype=config.weight_dtype, cache_dtype=config.cache_dtype, seed=config.seed)
 
     def loglikelihood(prefixes: list[str], answers: list[str], progress: Callable[[int], None]):
         question = texts.loglikelihood(prefixes, answers)

@@ -32,16 +32,15 @@ from evaluation.calibration import read_temperature
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from mistake import Mistake
-from model.partition import check_rows, rows_unit
+from model.partition import check_rows
 from model.weights import weight_specs
 from program import flags, parse, settings
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
 from serving.chat import ChatTemplate, choose_template
-from serving.engine import Engine
+from serving.engine import Engine, make_engine
 from serving.followers import CallLine, follow
 from serving.guard import MAX_HEADER_BYTES, Protocol
-from serving.programs import Programs, cast_weights
 from serving.texts import Texts, check_beams
 from serving.thread import EngineThread
 
@@ -257,14 +256,12 @@ def load_engine(config, model: Model) -> tuple[Engine, Texts]:
     check_rows(server.batch_size, model.mesh, 'lm_server.batch_size')
     print(f'{describe(model)}\n{model.config}', flush=True)
     started = time.monotonic()
-    programs = Programs(model.config, model.compute, model.mesh, slots=server.batch_size // rows_unit(model.mesh),
-                        length=config.seq_length, vocabulary=model.tokenizer.vocab_size,
-                        answer_tokens=texts.max_new_tokens, weight_dtype=server.weight_dtype,
-                        cache_dtype=server.cache_dtype)
-    params = cast_weights(model.load_params(config.seed), model.config, model.mesh, programs.weight_dtype)
-    jax.block_until_ready(params)
+    engine = make_engine(lambda: model.load_params(config.seed), model.config, model.compute, model.mesh,
+                         model.tokenizer, batch_size=server.batch_size, length=config.seq_length,
+                         answer_tokens=texts.max_new_tokens, weight_dtype=server.weight_dtype,
+                         cache_dtype=server.cache_dtype, seed=config.seed, prefix_reuse=server.prefix_reuse)
     print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
-    return Engine(programs, params, model.tokenizer, seed=config.seed, prefix_reuse=server.prefix_reuse), texts
+    return engine, texts
 
 
 if __name__ == '__main__':

@@ -23,10 +23,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from data.tokenizer import Tokenizer
+from model.config import Compute, LlamaConfig
+from model.partition import rows_unit
 from model.weights import Llama
-from serving.programs import FEW_TARGETS, MOST_PIECES, PIECE, Chosen, Pieces, Programs, Scores
+from serving.programs import FEW_TARGETS, MOST_PIECES, PIECE, Chosen, Pieces, Programs, Scores, cast_weights
 from serving.sampling import Choice
 from serving.text_stream import TextStream
 from serving.work import (
@@ -165,11 +168,11 @@ class Engine:
         else:
             longest = len(work.prompt_ids) + (work.window or work.max_new_tokens) - 1
             lists = work.prompt_ids, *work.choices
-            choices = {len(choice) for choice in work.choices}
-            if 0 in choices or len(work.choices) > MAX_LISTED or len(set(work.choices)) < len(work.choices):
+            lengths = {len(choice) for choice in work.choices}
+            if 0 in lengths or len(work.choices) > MAX_LISTED or len(set(work.choices)) < len(work.choices):
                 raise RequestError(f'choices must be at most {MAX_LISTED} different texts, none of them empty')
-            if choices and max(choices) > work.max_new_tokens:
-                raise RequestError(f'a choice has {max(choices)} tokens, and {work.max_new_tokens=}')
+            if lengths and max(lengths) > work.max_new_tokens:
+                raise RequestError(f'a choice has {max(lengths)} tokens, and {work.max_new_tokens=}')
             if len(work.sampling.logit_bias) > MAX_LISTED:
                 raise RequestError(f'logit_bias has more than {MAX_LISTED} tokens')
             lists = *lists, [token for token, _ in work.sampling.logit_bias]
@@ -589,3 +592,16 @@ class Engine:
             self.first_token()
         yield
 
+
+def make_engine(load_params: Callable[[], Llama], config: LlamaConfig, compute: Compute, mesh: Mesh,
+                tokenizer: Tokenizer, *, batch_size: int, length: int, answer_tokens: int = 1, weight_dtype: str = '',
+                cache_dtype: str = '', seed: int = 42, prefix_reuse: bool = True) -> Engine:
+    """Load and cast the weights, and make an engine of batch_size slots: a multiple of the mesh's dp*fsdp.
+
+    length, answer_tokens, weight_dtype, cache_dtype: see Programs; the others: see Engine.
+    """
+    programs = Programs(config, compute, mesh, slots=batch_size // rows_unit(mesh), length=length,
+                        vocabulary=tokenizer.vocab_size, answer_tokens=answer_tokens, weight_dtype=weight_dtype,
+                        cache_dtype=cache_dtype)
+    params = jax.block_until_ready(cast_weights(load_params(), config, mesh, programs.weight_dtype))
+    return Engine(programs, params, tokenizer, seed=seed, prefix_reuse=prefix_reuse)

@@ -11,7 +11,7 @@ from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer
 from mistake import Mistake
 from model.config import LlamaConfig
-from serving.work import GREEDY, Generate, Generated, RequestError, Sampling, Score, Scored, Token, Work
+from serving.work import GREEDY, Generate, Generated, RequestError, Sampling, Score, Scored, Work
 
 SHARE = 32  # texts after one prefix that one work scores: more would keep a slot from others for long
 
@@ -259,11 +259,6 @@ class Texts:
             raise RequestError(f'prefix_text[{index}] and text[{index}] have {len(before)} (with bos) and {len(after)} '
                                f'tokens: at most {self.seq_length + 1} together (seq_length + 1) can be scored')
         return before, after
-
-
-def token_texts(tokenizer: Tokenizer, tokens: list[Token]) -> list[str]:
-    """Write each token alone."""
-    return [tokenizer.decode([token.id]) for token in tokens]
 
 
 def check_lengths(input_length: int, seq_length: int, config: LlamaConfig) -> None:

@@ -19,14 +19,14 @@ class EngineThread:
 
     The first work is to warm up.  What an event carries concerns one work; after any other exception no work is done
     (`failure`), and everything that was in line is answered with EngineFailed.  line: where other processes hear of
-    each turn before it is made.  on_failure: called once in the engine's thread.
+    each turn before it is made.
     """
 
     def __init__(self, engine: Engine, queue_size: int, warm_up: tuple[str, ...] = PROGRAMS, num_beams: int = 1,
-                 line: CallLine | None = None, on_failure: Callable[[], None] = lambda: None):
+                 line: CallLine | None = None):
         self.failure: BaseException | None = None
         self.closing = False
-        self._engine, self._line, self._on_failure = engine, line, on_failure
+        self._engine, self._line = engine, line
         self._queue_size = queue_size
         self._lock = threading.Lock()
         self._waiting = 0  # requests of which no work has a slot yet
@@ -123,7 +123,6 @@ class EngineThread:
                 self._outcomes['failed'] += left
                 self._tell(ticket, on_event, -1, EngineFailed())
             self._waiting = 0
-            self._on_failure()
 
     def _turns(self) -> None:
         tickets: dict[int, int] = {}  # ours -> the engine's

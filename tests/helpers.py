@@ -9,10 +9,9 @@ from jax.sharding import PartitionSpec
 from model import llama, loss
 from model.cache import init_cache
 from model.config import Compute, LlamaConfig
-from model.partition import BATCH, make_mesh, rows_unit
+from model.partition import BATCH, make_mesh
 from model.weights import partitions
-from serving.engine import Engine
-from serving.programs import Programs, cast_weights
+from serving.engine import make_engine
 from serving.texts import Texts
 from serving.work import Sampling
 
@@ -92,11 +91,10 @@ class Asker:
                  weight_dtype='', cache_dtype='', prefix_reuse=True, add_bos_token=True, seed=42):
         self.texts = Texts(tokenizer, config, input_length=input_length, seq_length=seq_length,
                            add_bos_token=add_bos_token)
-        self.programs = Programs(config, compute, mesh, slots=batch_size // rows_unit(mesh), length=seq_length,
-                                 vocabulary=tokenizer.vocab_size, answer_tokens=seq_length - input_length,
-                                 weight_dtype=weight_dtype, cache_dtype=cache_dtype)
-        self.params = cast_weights(params, config, mesh, self.programs.weight_dtype)
-        self.engine = Engine(self.programs, self.params, tokenizer, seed=seed, prefix_reuse=prefix_reuse)
+        self.engine = make_engine(lambda: params, config, compute, mesh, tokenizer, batch_size=batch_size,
+                                  length=seq_length, answer_tokens=seq_length - input_length, seed=seed,
+                                  weight_dtype=weight_dtype, cache_dtype=cache_dtype, prefix_reuse=prefix_reuse)
+        self.programs, self.params = self.engine.programs, self.engine._params
 
     def ask(self, question):
         return question.answer(self.engine.run(question.works))

@@ -347,10 +347,10 @@ def test_closing_ends_the_warming_up(make):
 
 def test_a_failure_is_told_to_all_and_ends_the_thread(make, capfd):
     """Running and waiting requests hear EngineFailed once, also behind one whose on_event raises; later ones are
-    refused; the log has the cause; on_failure is called once, in the engine's thread."""
-    steps, called = Steps(), []
+    refused, and the log has the cause."""
+    steps = Steps()
     fault = lambda name, arguments: (steps(name, arguments), 1 / 0 if len(thread.programs.calls) == 3 else None)
-    thread = make(fault, on_failure=lambda: called.append(threading.current_thread().name))
+    thread = make(fault)
 
     def broken(index, event):
         raise KeyError('nobody listens')
@@ -361,7 +361,7 @@ def test_a_failure_is_told_to_all_and_ends_the_thread(make, capfd):
     assert [events.kinds() for events in kept] == [[EngineFailed]] * 3
     assert [events.ends[0][0] for events in kept] == [-1] * 3
     thread._thread.join(10)
-    assert isinstance(thread.failure, ZeroDivisionError) and not thread.ready and called == ['engine']
+    assert isinstance(thread.failure, ZeroDivisionError) and not thread.ready
     with pytest.raises(EngineFailed):
         submit(thread, work())
     assert thread.stats()['works'] == {'finished': 0, 'failed': 7, 'cancelled': 0} and thread.stats()['waiting'] == 0

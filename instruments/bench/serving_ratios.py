@@ -24,8 +24,7 @@ from pathlib import Path
 import checkpoint
 from model.config import Compute
 from model.partition import make_mesh
-from serving.engine import Engine
-from serving.programs import Programs
+from serving.engine import make_engine
 from serving.texts import Texts
 
 REPEATS = 5
@@ -137,9 +136,9 @@ def easylm_way(model: str, prompts: list[str], count: int = 6) -> dict:
     """Time prompts of 1,024 tokens, one at a time; run in this process after the server has gone."""
     source, mesh = checkpoint.open(model), make_mesh('1,1,1')
     texts = Texts(source.tokenizer, source.config, input_length=1024, seq_length=1040)
-    programs = Programs(source.config, Compute(attention='reference'), mesh, slots=1, length=1040,
-                        vocabulary=source.tokenizer.vocab_size)
-    engine = Engine(programs, source.load_params(source.config, mesh), source.tokenizer, prefix_reuse=False)
+    engine = make_engine(lambda: source.load_params(source.config, mesh), source.config,
+                         Compute(attention='reference'), mesh, source.tokenizer, batch_size=1, length=1040,
+                         prefix_reuse=False)
     pad = texts.tokenizer.encode(' the')[0]
     works = []
     for work in texts.generate(prompts[:count + 1]).works:
