@@ -24,8 +24,9 @@ from kernels.few_rows import as_many
 from model import cache as kv_cache
 from model.attention import attend, attend_cached
 from model.config import Compute, LlamaConfig
+from model.lora import Adapted, gather_matrix, is_adapted
 from model.partition import DTYPES, all_gather, gather_weight, pytree, reduce_scatter, static
-from model.quantized import Int8, gather_matrix, is_quantized
+from model.quantized import Int8, is_quantized
 from model.remat import rematerialized
 from model.weights import Array, Layer, Llama
 
@@ -90,7 +91,7 @@ def layer(h: Array, cache: kv_cache.Cache | None, w: Layer, index: Array, run: P
 
 def attention(n_BTM: Array, w: Layer, cache: kv_cache.Cache | None, index: Array, run: Pass):
     """Attend over the local heads: (partial sums of W_o's product, to be summed over mp; the cache)."""
-    M, D = n_BTM.shape[2], run.config.head_dim
+    D = run.config.head_dim
     w_q = gather_matrix(w.w_q, 'M/fsdp HD/mp -> M HD/mp', n_BTM, run.compute)
     w_k, w_v = (kv_heads_of_this_device(gather_matrix(x, 'M/fsdp KD/mp -> M KD/mp', n_BTM, run.compute), run.config)
                 for x in (w.w_k, w.w_v))
@@ -107,16 +108,25 @@ def attention(n_BTM: Array, w: Layer, cache: kv_cache.Cache | None, index: Array
                                run.positions_BT, run.from_start)
     w_o = gather_matrix(w.w_o, 'HD/mp M/fsdp -> HD/mp M', n_BTM, run.compute)
     with jax.named_scope('out'):
-        if is_quantized(w_o):
-            return o_BTHD.reshape(*n_BTM.shape[:2], -1) @ w_o, cache
-        return jnp.einsum('BTHD,HDM->BTM', o_BTHD, w_o.reshape(-1, D, M)), cache
+        return from_heads(o_BTHD, w_o), cache
 
 
-def to_heads(n_BTM: Array, w: Array | Int8, D: int) -> Array:
+def to_heads(n_BTM: Array, w: Array | Int8 | Adapted, D: int) -> Array:
     """Multiply with a weight whose columns are heads side by side: [B, T, heads, D]."""
+    if is_adapted(w):
+        return to_heads(n_BTM, w.base, D) + w.delta(n_BTM).reshape(*n_BTM.shape[:2], -1, D)
     if is_quantized(w):
         return (n_BTM @ w).reshape(*n_BTM.shape[:2], -1, D)
     return jnp.einsum('BTM,MHD->BTHD', n_BTM, w.reshape(n_BTM.shape[2], -1, D))
+
+
+def from_heads(o_BTHD: Array, w: Array | Int8 | Adapted) -> Array:
+    """Multiply with a weight whose rows are heads one under the other: [B, T, M]."""
+    if is_adapted(w):
+        return from_heads(o_BTHD, w.base) + w.delta(o_BTHD.reshape(*o_BTHD.shape[:2], -1))
+    if is_quantized(w):
+        return o_BTHD.reshape(*o_BTHD.shape[:2], -1) @ w
+    return jnp.einsum('BTHD,HDM->BTM', o_BTHD, w.reshape(*o_BTHD.shape[2:], -1))
 
 
 def ffn(n_BTM: Array, w: Layer, run: Pass) -> Array:
@@ -145,7 +155,7 @@ def embed(embedding: Array, tokens_BT: Array, run: Pass) -> Array:
     return sum_partial(rows_BTM, run)  # exactly one device holds a token's row, so the sum is that row
 
 
-def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:
+def kv_heads_of_this_device(w_M_KD: Array | Int8 | Adapted, config: LlamaConfig) -> Array | Int8 | Adapted:
     """Take the columns of the key/value heads that this device's query heads read.
 
     With K >= mp they are its own shard.  With K < mp several devices share one head, of which each stores a piece: the
@@ -155,6 +165,9 @@ def kv_heads_of_this_device(w_M_KD: Array, config: LlamaConfig) -> Array:
     mp, K, D = lax.axis_size('mp'), config.num_key_value_heads, config.head_dim
     if K >= mp:
         return w_M_KD
+    if is_adapted(w_M_KD):
+        base, b = (kv_heads_of_this_device(x, config) for x in (w_M_KD.base, w_M_KD.b))
+        return dataclasses.replace(w_M_KD, base=base, b=b)
 
     def take(x):
         whole = lax.all_gather(x, 'mp', axis=x.ndim - 1, tiled=True)

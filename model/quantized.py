@@ -1,16 +1,19 @@
-"""Weights as int8: each output channel a float32 factor times whole numbers from -127 to 127, for serving.
+"""Weights as int8: each output channel a float32 factor times whole numbers from -127 to 127.
 
     y[o] = f[o] a Σ_i round(x[i] / a) q[i, o],  a = max_i |x[i]| / 127,  q = round(w / f),  f[o] = max_i |w[i, o]| / 127
 
 Activations are quantized a token at a time as they come, so that the product is one of int8 with int32 sums: exact, in
 whatever order and batch it is computed.  (Per-channel weights with dynamic activations: arXiv 2004.09602.)  A quarter
-of float32's bytes are read for each token; what it costs in accuracy: docs/SERVING.md.
+of float32's bytes are read for each token; what it costs in accuracy: docs/SERVING.md.  That is how they serve; as the
+frozen base of adapters they are `weight_only`: x stays as it is, since what rounds it has no gradient.
 """
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from model.config import Compute, LlamaConfig
-from model.partition import all_gather, gather_weight, pytree
+from model.partition import DTYPES, all_gather, gather_weight, pytree
 from model.weights import Llama, WeightSpec, partitions, weight_specs
 
 Array = jax.Array
@@ -22,6 +25,7 @@ class Int8:
 
     values: Array  # int8
     factors: Array  # float32 [..., out]
+    weight_only: bool = dataclasses.field(default=False, metadata=dict(static=True))  # widened before each product
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,14 +58,18 @@ def is_quantized(x) -> bool:
 
 
 def gather_matrix(w: Array | Int8, rewrite: str, x: Array, compute: Compute) -> Array | Int8:
-    """Gather a matrix as `gather_weight` does; a quantized one stays so, and has no gradients."""
+    """Gather a matrix as `gather_weight` does; a quantized one stays so, and has no gradients.  One of weights only is
+    widened to the compute dtype once it is there.
+    """
     if not is_quantized(w):
         return gather_weight(w, rewrite, x, compute)
     before, after = (side.split() for side in rewrite.split(' -> '))
     out = 1 if 'V/mp' not in before else 0  # [in, out], but [out, in] of embedding and head
     values = all_gather(w.values, rewrite) if before != after else w.values
-    whole = before[out] == after[out]
-    return Int8(values, w.factors if whole else all_gather(w.factors, f'{before[out]} -> {after[out]}'))
+    factors = w.factors if before[out] == after[out] else all_gather(w.factors, f'{before[out]} -> {after[out]}')
+    if w.weight_only:
+        return (values * factors[None]).astype(DTYPES[compute.dtype])
+    return Int8(values, factors)
 
 
 def _input_axis(spec: WeightSpec) -> int:
@@ -69,25 +77,32 @@ def _input_axis(spec: WeightSpec) -> int:
     return -2 if spec.stacked else -1
 
 
-def quantize(params: Llama, config: LlamaConfig) -> Llama:
-    """Turn matrices into Int8, norms stay as they are.  Under jit, with shardings of `quantized_partitions`."""
+def quantize(params: Llama, config: LlamaConfig, weight_only: bool = False) -> Llama:
+    """Turn matrices into Int8, norms stay as they are.  Under jit, with shardings of `quantized_partitions`.
+
+    weight_only: those of the layers alone, as the frozen base of adapters (model/lora.py); embedding and head become
+    bfloat16.
+    """
     def turn(spec: WeightSpec, w):
         if spec.init == 'ones':
             return w
+        if weight_only and not spec.stacked:
+            return w.astype(jnp.bfloat16)
         axis, w = _input_axis(spec), w.astype(jnp.float32)
         factors = jnp.abs(w).max(axis=axis) / 127
-        return Int8(jnp.round(w / jnp.maximum(jnp.expand_dims(factors, axis), 1e-30)).astype(jnp.int8), factors)
+        whole = jnp.round(w / jnp.maximum(jnp.expand_dims(factors, axis), 1e-30)).astype(jnp.int8)
+        return Int8(whole, factors, weight_only)
 
     return jax.tree.map(turn, weight_specs(config), params)
 
 
-def quantized_partitions(config: LlamaConfig) -> Llama:
+def quantized_partitions(config: LlamaConfig, weight_only: bool = False) -> Llama:
     """Build the Llama tree of PartitionSpecs of quantized weights."""
     def turn(spec: WeightSpec, partition):
-        if spec.init == 'ones':
+        if spec.init == 'ones' or weight_only and not spec.stacked:
             return partition
         axes = list(partition)
         del axes[_input_axis(spec)]
-        return Int8(partition, type(partition)(*axes))
+        return Int8(partition, type(partition)(*axes), weight_only)
 
     return jax.tree.map(turn, weight_specs(config), partitions(config))

@@ -47,7 +47,7 @@ class Llama:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
-    """One weight: name ('layers.w_q'), global shape, partition, init ('normal' or 'ones'), letters of the shape.
+    """One weight: name ('layers.w_q'), global shape, partition, init (a name of `initial`), letters of the shape.
 
     stacked: the leading axis counts layers, so statistics of "the matrix" are per slice of it.  A leaf to JAX.
     """
@@ -102,12 +102,16 @@ def partitions(config: LlamaConfig) -> Llama:
     return jax.tree.map(lambda spec: spec.partition, weight_specs(config))
 
 
-def abstract_params(config: LlamaConfig, mesh: Mesh) -> Llama:
-    """Build the Llama tree of float32 ShapeDtypeStructs with shardings on `mesh`, which must divide the model."""
+def abstract_params(config: LlamaConfig, mesh: Mesh, dtype=jnp.float32) -> Llama:
+    """Build the Llama tree of ShapeDtypeStructs with shardings on `mesh`, which must divide the model."""
     check_divisible(config, mesh)
+    return abstract(weight_specs(config), mesh, dtype)
+
+
+def abstract(specs, mesh: Mesh, dtype=jnp.float32):
+    """Build the ShapeDtypeStructs, with shardings on `mesh`, of a tree of WeightSpecs."""
     return jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=NamedSharding(mesh, spec.partition)),
-        weight_specs(config))
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=NamedSharding(mesh, spec.partition)), specs)
 
 
 def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
@@ -126,16 +130,27 @@ def check_divisible(config: LlamaConfig, mesh: Mesh) -> None:
 def init_params(config: LlamaConfig, mesh: Mesh, seed: int) -> Llama:
     """Make random float32 weights where they live: matrices normal with standard deviation `initializer_range` (as
     EasyLM has it), norms 1.
+    """
+    check_divisible(config, mesh)
+    return init_weights(weight_specs(config), mesh, seed, config.initializer_range)
+
+
+def init_weights(specs, mesh: Mesh, seed: int, initializer_range: float):
+    """Make the float32 arrays of a tree of WeightSpecs where they live.
 
     A weight's values follow from the seed and its name: not from the mesh, nor from what other weights there are.
     """
-    def init(spec: WeightSpec, key):
-        if spec.init == 'ones':
-            return jnp.ones(spec.shape, jnp.float32)
-        key = jax.random.fold_in(key, zlib.crc32(spec.name.encode()))
-        return config.initializer_range * jax.random.normal(key, spec.shape, jnp.float32)
-
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
-    init_all = jax.jit(lambda key: jax.tree.map(lambda spec: init(spec, key), weight_specs(config)),
-                       out_shardings=shardings)
+    init_all = jax.jit(lambda key: jax.tree.map(lambda spec: initial(spec, key, initializer_range), specs),
+                       out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec.partition), specs))
     return init_all(jax.random.key(seed))
+
+
+def initial(spec: WeightSpec, key: Array, initializer_range: float) -> Array:
+    """Draw one weight by its init: 'normal', 'fan_in' (uniform in ±1/sqrt(rows of the matrix)), 'ones' or 'zeros'."""
+    if spec.init in ('ones', 'zeros'):
+        return jnp.full(spec.shape, float(spec.init == 'ones'), jnp.float32)
+    key = jax.random.fold_in(key, zlib.crc32(spec.name.encode()))
+    if spec.init == 'fan_in':
+        bound = 1 / math.sqrt(spec.shape[-2])
+        return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound)
+    return initializer_range * jax.random.normal(key, spec.shape, jnp.float32)

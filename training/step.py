@@ -15,10 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 from data.batches import Batch
 from model import llama, loss
 from model.config import Compute, LlamaConfig
+from model.lora import Lora, adapted, base_partitions
 from model.partition import BATCH
-from model.weights import Llama, partitions, weight_specs
+from model.weights import Llama, partitions
 from training import optimizer
-from training.state import TrainState, state_partitions
+from training.state import TrainState, state_partitions, trained_specs
 
 
 def batch_loss(params: Llama, batch: Batch, config: LlamaConfig, compute: Compute):
@@ -32,17 +33,22 @@ def batch_loss(params: Llama, batch: Batch, config: LlamaConfig, compute: Comput
 
 
 def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Hyperparameters, accumulate: int,
-                    mesh: Mesh):
+                    mesh: Mesh, lora: Lora | None = None):
     """Make the jitted `(TrainState, Batch) -> (TrainState, metrics)`; the state is donated.
+
+    With `lora` the state's params are adapters, and the step takes the frozen base as its third argument.
 
     metrics: float32 scalars loss, accuracy, learning_rate (the schedule at the number of optimizer steps done, as
     EasyLM logs it), gradient_norm (of this micro-step, before clipping), param_norm (after the update).
     """
-    specs = weight_specs(config)
+    specs = trained_specs(config, lora)
 
-    def step(state: TrainState, batch: Batch):
-        grad = jax.value_and_grad(batch_loss, has_aux=True)
-        (mean_loss, accuracy), grads = grad(state.params, batch, config, compute)
+    def step(state: TrainState, batch: Batch, base: Llama | None = None):
+        def trained_loss(trained):
+            params = adapted(base, trained, lora, dropout_key(state, lora)) if lora else trained
+            return batch_loss(params, batch, config, compute)
+
+        (mean_loss, accuracy), grads = jax.value_and_grad(trained_loss, has_aux=True)(state.params)
         gradient_norm = optimizer.global_norm(grads, specs)
         if accumulate == 1:
             params, opt = optimizer.update(state.params, grads, state.optimizer, hyper, specs)
@@ -54,9 +60,17 @@ def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Hype
                        param_norm=optimizer.global_norm(state.params, specs))
         return state, metrics
 
-    state_specs = state_partitions(config, accumulate)
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(state_specs, BATCH), out_specs=(state_specs, PartitionSpec()))
+    state_specs = state_partitions(config, accumulate, lora)
+    in_specs = (state_specs, BATCH, *([base_partitions(config, lora.base_dtype)] if lora else []))
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(state_specs, PartitionSpec()))
     return jax.jit(sharded, donate_argnums=0)
+
+
+def dropout_key(state: TrainState, lora: Lora) -> jax.Array | None:
+    """Make the key of this micro-step's dropout masks; None without dropout."""
+    if not lora.dropout:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(lora.seed), state.optimizer.count), state.micro_step)
 
 
 def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimizer.Hyperparameters,
