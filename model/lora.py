@@ -147,7 +147,7 @@ def _stored(params: Llama, config: LlamaConfig, dtype: str) -> Llama:
 def adapter_specs(config: LlamaConfig, lora: Lora) -> Llama:
     """Derive the Llama tree of the adapters' WeightSpecs ('layers.w_q.a') from those of the weights; else None.
 
-    Raises Mistake for a rank that is no lower than that of a matrix.
+    Raises Mistake for a rank above that of a matrix.
     """
     specs = weight_specs(config)
 
@@ -155,9 +155,9 @@ def adapter_specs(config: LlamaConfig, lora: Lora) -> Llama:
         if spec.name.removeprefix('layers.') not in lora.targets:
             return None
         (n, i, o), (N, into, out) = spec.shape, spec.letters
-        if lora.rank >= min(i, o):
-            raise Mistake(f'lora.rank={lora.rank} must be below {min(i, o)}, the smaller side of {spec.name}: an '
-                          'adapter of that rank is the matrix itself; lower it, or train without --lora.rank')
+        if lora.rank > min(i, o):
+            raise Mistake(f'lora.rank={lora.rank} must be at most {min(i, o)}, the smaller side of {spec.name}, where '
+                          'an adapter is as large as the matrix: lower it, or train without --lora.rank')
         _, split_in, split_out = (axis if axis == 'mp' else None for axis in spec.partition)
         return Adapter(
             WeightSpec(f'{spec.name}.a', (n, i, lora.rank), PartitionSpec(None, split_in, None), 'fan_in',
@@ -185,6 +185,12 @@ def adapted(base: Llama, adapters: Llama, lora: Lora, key: Array | None = None) 
 
     layers = Layer(**{field.name: join(field.name) for field in dataclasses.fields(Layer)})
     return dataclasses.replace(base, layers=layers)
+
+
+def adapted_partitions(config: LlamaConfig, lora: Lora) -> Llama:
+    """Build the tree of PartitionSpecs of what `adapted` joins without a key."""
+    adapters = jax.tree.map(lambda spec: spec.partition, adapter_specs(config, lora))
+    return adapted(base_partitions(config, lora.base_dtype), adapters, lora)
 
 
 def merged(base: Llama, adapters: Llama, lora: Lora) -> Llama:

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.cache import Cache, init_cache
 from model.config import Compute, LlamaConfig
 from model.llama import hidden_states
+from model.lora import Lora, adapted_partitions
 from model.loss import logits
 from model.partition import BATCH, DTYPES, all_gather, pytree, rows_unit
 from model.quantized import quantize, quantized_partitions
@@ -101,15 +102,16 @@ class Programs:
 
     slots: of each group.  length: tokens that a slot holds.  vocabulary: ids that the tokenizer knows; others are never
     chosen.  weight_dtype, cache_dtype: '' for the compute dtype; weights can be 'int8', and the cache too.
-    answer_tokens: most of an answer, the rest of `length` being for the prompt; `beams` is told them.
+    answer_tokens: most of an answer, the rest of `length` being for the prompt; `beams` is told them.  lora: the
+    weights are `adapted` by these adapters, kept as they train.
     `compilations` counts what was compiled.
     """
 
     def __init__(self, config: LlamaConfig, compute: Compute, mesh: Mesh, *, slots: int, length: int, vocabulary: int,
-                 answer_tokens: int = 1, weight_dtype: str = '', cache_dtype: str = ''):
+                 answer_tokens: int = 1, weight_dtype: str = '', cache_dtype: str = '', lora: Lora | None = None):
         self.config, self.compute, self.mesh = config, compute, mesh
         self.slots, self.length, self.vocabulary, self.answer_tokens = slots, length, vocabulary, answer_tokens
-        self.weight_dtype = weight_dtype or compute.dtype
+        self.weight_dtype, self.lora = weight_dtype or compute.dtype, lora
         self._fewest = FEWEST_INT8_ROWS if self.weight_dtype == 'int8' else FEWEST_ROWS
         self.cache_dtype = jnp.int8 if cache_dtype == 'int8' else DTYPES[cache_dtype or compute.dtype]
         self.groups = rows_unit(mesh)
@@ -311,7 +313,8 @@ class Programs:
 
     def _definition(self, name: str, static: tuple):
         """Define a program: (function, in_specs, out_specs, donated arguments)."""
-        params = (quantized_partitions if self.weight_dtype == 'int8' else partitions)(self.config)
+        params = adapted_partitions(self.config, self.lora) if self.lora else (
+            quantized_partitions if self.weight_dtype == 'int8' else partitions)(self.config)
         everywhere = PartitionSpec()
         rows = PartitionSpec(None, BATCH[0], None, 'mp')
         factors = PartitionSpec(None, BATCH[0], None, 'mp', None) if self.cache_dtype == jnp.int8 else None
