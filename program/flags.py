@@ -64,6 +64,7 @@ MOST_USED = (
 GROUPS = {
     'the model': ('load_llama_config', 'update_llama_config', 'load_checkpoint', 'tokenizer.', 'mesh_dim', 'dtype',
                   'attention', 'add_bos_token', 'llama.'),
+    'adapters': ('lora.',),
     'training data': ('train_dataset.', 'load_dataset_state'),
     'evaluation data': ('eval_dataset.', 'eval_steps'),
     'the optimizer': ('optimizer.', 'reduce_gradients'),
@@ -286,7 +287,19 @@ LLAMA = (  # sizes where neither --load_llama_config nor the checkpoint says the
 )
 
 
-TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('eval_dataset')) + (
+LORA = (  # adapters of a low rank beside frozen weights (model/lora.py)
+    Flag('lora.rank', 0, 'train adapters of this rank beside the frozen weights (LoRA); 0 trains all weights', least=0),
+    Flag('lora.alpha', 0.0, 'what the adapters give is multiplied by alpha / rank; 0 for twice the rank', least=0),
+    Flag('lora.targets', 'w_q,w_v', 'matrices of a layer that are adapted: any of w_q, w_k, w_v, w_o, w_gate, w_up, '
+         'w_down'),
+    Flag('lora.dropout', 0.0, "part of the adapters' inputs that is left out in training", least=0, below=1),
+    Flag('lora.rslora', False, 'multiply by alpha / sqrt(rank) instead (rsLoRA)'),
+    Flag('lora.base_dtype', '', 'how the frozen weights are kept: fp32, bf16, or int8 with a factor for each output '
+         'channel of the matrices of layers; empty for that of --dtype', ('', 'fp32', 'bf16', 'int8')),
+)
+
+
+TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_dataset('eval_dataset')) + (
     Flag('update_llama_config', '', "changes to the model's sizes, as literals: dict(max_sequence_length=4096, "
          "remat_block='nothing_saveable')"),
     Flag('total_steps', 10000, 'micro-steps of the run; 0 for as many as `epochs` says', least=0),
@@ -418,7 +431,7 @@ PLAN = (
     optimizer__accumulate_gradient_steps=..., optimizer__adamw_optimizer__multiply_by_parameter_scale=...,
     optimizer__adamw_optimizer__bf16_momentum=..., optimizer__palm_optimizer__bf16_momentum=...,
     train_dataset__type=...,
-) + (
+) + LORA + (
     Flag('batch_size', 8, 'rows in a batch, over all devices',
          recipe=('train_dataset.json_dataset.batch_size', 'train_dataset.huggingface_dataset.batch_size'), least=1),
     Flag('seq_length', 1024, 'tokens in a row; with --serve of prompt and answer',

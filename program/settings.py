@@ -2,6 +2,7 @@
 
   Load      what to load: weights, sizes, tokenizer, and the mesh to put them on
   Compute   how to compute (model/config.py)
+  Lora      which adapters to train beside frozen weights (model/lora.py)
   Dataset   what to read: train_dataset or eval_dataset
   Run       how to run: steps, checkpoints, logs
 """
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mistake import Mistake
 from model.config import Compute, LlamaConfig
+from model.lora import Lora
 from model.remat import remat_policy
 from program import flags as tables
 from program.parse import literals
@@ -74,6 +76,20 @@ def read_compute(flags: ConfigDict) -> Compute:
     for policy in filter(None, remat.values()):
         remat_policy(policy)  # raises for one that is not known
     return Compute(flags.dtype, flags.attention, flags.reduce_gradients, **remat)
+
+
+def read_lora(flags: ConfigDict, compute: Compute) -> Lora | None:
+    """Read the adapters to train; None with --lora.rank=0, where no other of their flags may be set."""
+    values = flags.lora.to_dict()
+    if not values['rank']:
+        for flag in tables.LORA:
+            if (value := values[flag.name.removeprefix('lora.')]) != flag.default:
+                raise Mistake(f'{flag.name}={value!r} has no effect where lora.rank=0 trains all weights: set '
+                              '--lora.rank, for example to 16')
+        return None
+    return Lora(**values | dict(alpha=values['alpha'] or 2.0 * values['rank'],
+                                targets=tuple(name.strip() for name in values['targets'].split(',')),
+                                base_dtype=values['base_dtype'] or compute.dtype, seed=flags.get('seed', 0)))
 
 
 def read_optimizer(flags: ConfigDict, steps: int) -> tuple[Hyperparameters, int]:
