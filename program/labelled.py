@@ -3,6 +3,7 @@
 Before: serving/texts.py, serving/engine.py, evaluation/accuracy.py.  train.py hands what comes of it to
 training/loop.py.
 """
+import re
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -29,21 +30,29 @@ def read_examples(evaluation: Evaluation, template: PromptTemplate | None, seed:
 
     template: that of the run's records, or None.  Raises Mistake for a set that was prepared for another one.
     """
+    try:
+        examples, template = _read(evaluation, template)
+        size = evaluation.sample_size
+        return (sample(examples, size=size, seed=seed) if size else examples), template
+    except Mistake as error:  # what are flags of evaluate.py there are --evaluate.NAME here
+        said = re.sub(r'--(input|split|text_field|label_field)\b', r'--evaluate.\1', str(error))
+        said = re.sub(r'(?<![\w.-])(input|split|sample_size)(?==)', r'evaluate.\1', said)
+        raise Mistake(said.replace(', or set --labels', '')) from None
+
+
+def _read(evaluation: Evaluation, template: PromptTemplate | None) -> tuple[list[Example], PromptTemplate]:
     files = labelled_files(evaluation.input, evaluation.split)
     prepared = None if evaluation.text_field or evaluation.label_field else read_prepared(files[0])
-    if prepared:
-        examples, stored = prepared
-        if template and template != stored:
-            raise Mistake(f'evaluate.input={evaluation.input!r} was prepared for {stored.prompt("..")!r} and the '
-                          f'labels {",".join(stored.labels)}, but the run trains {template.prompt("..")!r} and '
-                          f'{",".join(template.labels)}: prepare both with one --template and --labels')
-        template = stored
-    else:
+    if not prepared:
         found = read_labelled(evaluation.input, evaluation.split, evaluation.text_field, evaluation.label_field,
                               template and Labels(template.labels))
-        examples, template = found.examples, template or PromptTemplate(labels=found.labels)
-    size = evaluation.sample_size
-    return (sample(examples, size=size, seed=seed) if size else examples), template
+        return found.examples, template or PromptTemplate(labels=found.labels)
+    examples, stored = prepared
+    if template and template != stored:
+        raise Mistake(f'input={evaluation.input!r} was prepared for {stored.prompt("..")!r} and the labels '
+                      f'{",".join(stored.labels)}, but the run trains {template.prompt("..")!r} and '
+                      f'{",".join(template.labels)}: prepare both with one --template and --labels')
+    return examples, stored
 
 
 def open_labelled(evaluation: Evaluation, model: Model, template: PromptTemplate | None, add_bos_token: bool, seed: int,
