@@ -173,8 +173,9 @@ def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset
                            wait_for_all)
 
     def measure(state: TrainState, done: int) -> dict:
+        asked = time.perf_counter()
         row = labels(state.params)
-        tqdm.write(f'evaluated step {done}: {figures(row)}')
+        tqdm.write(f'evaluated step {done}: {figures(row)}, {time.perf_counter() - asked:.1f} s')
         return row
 
     return every, measure

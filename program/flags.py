@@ -57,7 +57,7 @@ MOST_USED = (
     'train_dataset.text_processor.fields', 'train_dataset.json_dataset.batching',
     'train_dataset.json_dataset.seq_length', 'train_dataset.json_dataset.batch_size', 'total_steps', 'epochs',
     'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'evaluate_every',
-    'evaluate.input', 'keep_best', 'patience', 'input_length', 'seq_length',
+    'input_length', 'seq_length',
     'batch_size', 'parallel', 'lm_server.host', 'lm_server.port', 'lm_server.batch_size',
     'lm_server.default_temperature', 'serve', 'output', 'output_dir', 'before',
 )
