@@ -1,11 +1,17 @@
 """Fine-tune a LLaMA on text records: python train.py --config=configs/quickstart.py
 
 Reads --load_checkpoint and --train_dataset, writes DIR/metrics.jsonl and DIR/step_N (checkpoints that serve.py,
-evaluate.py and train.py load), or what EasyLM reads, where DIR is --logger.output_dir.  Several processes (hosts) train
-together with --jax_distributed.initialize_jax_distributed=True; DIR must lie on a file system that all of them share.
+evaluate.py and train.py load), or what EasyLM reads, where DIR is --logger.output_dir.  With --evaluate_every it
+evaluates a labelled set on its way, keeps the best checkpoint (--keep_best) and stops when nothing gets better
+(--patience).  Several processes (hosts) train together with --jax_distributed.initialize_jax_distributed=True; DIR must
+lie on a file system that all of them share.
 """
+import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -13,21 +19,27 @@ from tqdm import tqdm
 
 from checkpoint import easylm_run, native
 from checkpoint.source import describe as describe_checkpoint
+from data.batches import Batch
 from data.prompt import PromptTemplate
 from hosts import processes
 from hosts.start import failing_together, start_processes
 from instruments.planning.compiled import CompiledStep
 from instruments.planning.one_mesh import Setting
+from instruments.tpu import chips
 from mistake import Mistake
 from program import flags, settings
 from program.data import continued, epoch_length, open_batches, read_template
+from program.labelled import open_labelled
 from program.model import Model, describe, open_model
 from program.parse import run as run_program
 from program.settings import Dataset, Run
 from training import loop
+from training.best import Best
 from training.evaluation import evaluator
+from training.flops import step_flops
 from training.metrics import MetricsWriter
 from training.optimizer import Hyperparameters
+from training.profile import Trace
 from training.state import TrainState, abstract_state, from_arrays, init_state, to_arrays
 
 
@@ -52,8 +64,11 @@ def main(flags) -> None:
         dataset, position = continued(dataset, run.load_dataset_state)
     batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed)
     template = read_template(dataset) or model.template
-    total_steps = run.total_steps or run.epochs * epoch_length(batches)
+    epoch = functools.cache(lambda: epoch_length(batches, dataset))
+    total_steps = run.total_steps or math.ceil(run.epochs * epoch())
     evaluate = open_evaluation(run, settings.read_dataset(flags, 'eval_dataset'), model)
+    every, measure = open_labels(run, model, template, dataset, epoch) if run.evaluation else (Fraction(0), None)
+    profile = settings.read_profile(flags.profile_steps, total_steps)
 
     # ------------------------------------------------ state
     hyper, accumulate = settings.read_optimizer(flags, total_steps)
@@ -66,7 +81,12 @@ def main(flags) -> None:
     if resumed and 'optimizer.count' not in resumed.arrays:
         raise Mistake(f'{resumed.path} holds no optimizer state, so the run cannot be resumed: train with '
                       '--checkpointer.save_optimizer_state=True')
-    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps)
+    best = find_best(run, resumed)
+    if best and best.exhausted:
+        print(f'{run.output_dir} stopped at step {start_step} already: {describe_best(best, run)}; go on with a higher '
+              '--patience')
+        return
+    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps, best)
     print(f'{total_steps} steps of {batches.batch_size} rows up to {batches.seq_length} tokens\n'
           f'prompt template: {template}', flush=True)
     state = load_state(resumed, easylm_state, model, hyper, accumulate, run.seed)
@@ -84,21 +104,36 @@ def main(flags) -> None:
                            wandb=run.wandb if logs else None, wandb_delay=run.random_delay,
                            process=processes.index(), enabled=logs)
 
+    saved = start_step
+
     def save(state: TrainState, done: int) -> None:
+        nonlocal saved
         arrays = to_arrays(state, model.config)
         if not run.save_optimizer_state:
             arrays = {name: array for name, array in arrays.items() if name.startswith('params.')}
         tqdm.write(f'saved {write(arrays, done, batches.state())}')
+        saved = done
 
-    schedule = loop.Schedule(start_step, total_steps, run.log_freq, (run.save_model_freq, run.save_milestone_freq))
+    schedule = loop.Schedule(start_step, total_steps, run.log_freq, (run.save_model_freq, run.save_milestone_freq),
+                             every)
     step = CompiledStep(Setting(model.config, model.compute, hyper, accumulate, model.mesh, load.mesh_dim),
                         tqdm.write, wait_for_all, f'{dataset.flag}.batch_size')
-    state = loop.train(state, batches, step, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
-                       save=save, evaluate=evaluate)
-    save(state, total_steps)
+    trace = Trace(run.output_dir / 'profile', profile, tqdm.write) if profile and processes.index() == 0 else None
+    state, done = loop.train(state, batches, step, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
+                             save=save, evaluate=evaluate, measure=measure, best=best,
+                             peak_seconds=peak_seconds(model), trace=trace)
+    if done > saved:
+        save(state, done)
     writer.close()
-    print(f'wrote {writer.path}; trained in {time.perf_counter() - began:.1f} s\n'
-          f'serve it: python serve.py {serving_flags(run, flags.tokenizer.vocab_file)}', flush=True)
+    if done < total_steps:
+        print(f'stopped at step {done} of {total_steps}: the last {best.waited} evaluations were no better '
+              f'(patience={best.patience})')
+    print(f'wrote {writer.path}; trained in {time.perf_counter() - began:.1f} s')
+    if best:
+        print(f'{describe_best(best, run)}\nserve the best: python serve.py --load_checkpoint='
+              f'{native.step_directory(run.output_dir, best.step)}')
+    print(f'serve {"the newest" if best else "it"}: python serve.py {serving_flags(run, flags.tokenizer.vocab_file)}',
+          flush=True)
 
 
 def wait_for_all() -> None:
@@ -130,6 +165,64 @@ def open_evaluation(run: Run, dataset: Dataset, model: Model) -> Callable[[Train
     return evaluator(batches, model.config, model.compute, model.mesh, wait_for_all)
 
 
+def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset: Dataset,
+                epoch: Callable[[], Fraction]) -> tuple[Fraction, Callable[[TrainState, int], dict]]:
+    """Open --evaluate.input: (micro-steps between evaluations, the function (state, steps done) -> its figures)."""
+    every = run.evaluation.every_steps(epoch)
+    labels = open_labelled(run.evaluation, model, template, dataset.text_processor['add_bos_token'], run.seed,
+                           wait_for_all)
+
+    def measure(state: TrainState, done: int) -> dict:
+        asked = time.perf_counter()
+        row = labels(state.params)
+        tqdm.write(f'evaluated step {done}: {figures(row)}, {time.perf_counter() - asked:.1f} s')
+        return row
+
+    return every, measure
+
+
+def figures(row: dict) -> str:
+    """Write the figures of an evaluation."""
+    return (f'accuracy {row["label_accuracy"]:.2%}, macro F1 {row["label_f1"]:.2%}, loss {row["label_loss"]:.4f} '
+            '(of the labels)')
+
+
+def find_best(run: Run, resumed: native.Step | None) -> Best | None:
+    """Make what keeps the best evaluation, going on with that of the step to resume; None without --keep_best."""
+    if not run.evaluation or not run.evaluation.keep_best:
+        return None
+    best, mark = Best(run.evaluation.keep_best, run.evaluation.patience), resumed and resumed.meta.get('best')
+    if not mark:
+        return best
+    before, now = (flags['evaluate'] | dict(batch_size=0) for flags in (resumed.meta['flags'], run.flags))
+    if mark['metric'] != best.metric or before != now:
+        was, name = (mark['metric'], 'keep_best') if before == now else next(
+            (before[key], f'evaluate.{key}') for key in now if before[key] != now[key])
+        raise Mistake(f'{resumed.path} knows the best by --{name}={was}, and what is measured otherwise cannot be '
+                      'compared with it: leave the flag as it was, or begin in another --logger.output_dir')
+    if mark['step'] not in native.steps(run.output_dir):
+        print(f'WARNING: step {mark["step"]}, the best so far, is not in {run.output_dir} any more: the best is looked '
+              'for anew', flush=True)
+        return best
+    return dataclasses.replace(best, **mark)
+
+
+def describe_best(best: Best, run: Run) -> str:
+    """Say which step is best."""
+    return f'best by {best.metric} on {run.evaluation.input}: step {best.step}, {figures(best.row)}'
+
+
+def peak_seconds(model: Model) -> Callable[[Batch], float] | None:
+    """Make the function batch -> seconds that its step takes at the devices' peak, for MFU; None for other chips than
+    those of instruments/tpu/chips.py.
+    """
+    try:
+        peak = chips.find(model.mesh.devices.flat[0].device_kind).peak_flops * model.mesh.size
+    except Mistake:
+        return None
+    return lambda batch: step_flops(model.config, batch) / peak
+
+
 def load_state(resumed: native.Step | None, easylm_state: bool, model: Model, hyper: Hyperparameters, accumulate: int,
                seed: int) -> TrainState:
     """Load the state to start from: the resumed run's, EasyLM's, or a fresh one around --load_checkpoint's weights."""
@@ -146,21 +239,24 @@ def load_state(resumed: native.Step | None, easylm_state: bool, model: Model, hy
 
 
 def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: Dataset,
-                      template: PromptTemplate | None, total_steps: int) -> Callable[[dict, int, dict], Path]:
+                      template: PromptTemplate | None, total_steps: int,
+                      best: Best | None = None) -> Callable[[dict, int, dict], Path]:
     """Make the function (arrays, steps done, position in the data) -> path that writes a checkpoint.
 
-    What the format cannot hold is refused here, not at the end of the run.
+    best: its mark goes into the manifest, and its step stays.  What the format cannot hold is refused here, not at the
+    end of the run.
     """
     values = run.flags | dict(train_dataset=dataset.values)
     if run.format == 'native':
-        if run.save_model_freq and not run.save_optimizer_state:
+        if (run.save_model_freq or best) and not run.save_optimizer_state:
             print('WARNING: checkpointer.save_optimizer_state=False: the checkpoints of this run can be served, but it '
                   'cannot be resumed from them', flush=True)
         meta, files = describe_checkpoint(model.config, model.tokenizer, template,
                                           dataset.text_processor['add_bos_token'])
+        mark = lambda: dict(best=best.mark) if best else {}
         return lambda arrays, done, position: native.save(
-            run.output_dir, done, arrays, meta | dict(data=position, flags=values), files, keep=run.keep,
-            keep_every=run.save_milestone_freq)
+            run.output_dir, done, arrays, meta | dict(data=position, flags=values) | mark(), files, keep=run.keep,
+            keep_every=run.save_milestone_freq, spare=best and best.step)
     easylm_run.refuse(model.config, resume=run.resume, optimizer_state=run.save_optimizer_state,
                       float_dtype=run.float_dtype)
 
