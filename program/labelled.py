@@ -15,6 +15,7 @@ from data.tables import labelled_files
 from evaluation import accuracy
 from mistake import Mistake
 from model.config import Compute
+from model.lora import Lora
 from model.partition import check_rows, rows_unit
 from model.weights import Llama
 from program.model import Model
@@ -56,7 +57,7 @@ def _read(evaluation: Evaluation, template: PromptTemplate | None) -> tuple[list
 
 
 def open_labelled(evaluation: Evaluation, model: Model, template: PromptTemplate | None, add_bos_token: bool, seed: int,
-                  wait_for_all: Callable[[], object]) -> Callable[[Llama], dict]:
+                  wait_for_all: Callable[[], object], lora: Lora | None = None) -> Callable[[Llama], dict]:
     """Make the function weights -> {label_accuracy, label_f1, label_loss}; nothing is compiled yet.
 
     label_f1 is the macro F1, label_loss the mean of -log p(label) normalised over the labels (evaluation/accuracy.py).
@@ -77,7 +78,8 @@ def open_labelled(evaluation: Evaluation, model: Model, template: PromptTemplate
                   add_bos_token=add_bos_token, template=template)
     programs = Programs(model.config, Compute(model.compute.dtype, model.compute.attention), model.mesh,
                         slots=evaluation.batch_size // rows_unit(model.mesh), length=texts.seq_length,
-                        vocabulary=model.tokenizer.vocab_size, weight_dtype='fp32', wait_for_all=wait_for_all)
+                        vocabulary=model.tokenizer.vocab_size, weight_dtype='fp32', lora=lora,
+                        wait_for_all=wait_for_all)
 
     def measure(params: Llama) -> dict:
         engine = Engine(programs, params, model.tokenizer)

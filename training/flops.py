@@ -7,6 +7,8 @@ token 2 · 2 H D · length a layer forward (scores, and the sum of values), twic
 PaLM (Chowdhery et al., 2204.02311, appendix B): causal attention is not halved, nothing that remat computes again is
 counted, nor is padding, the lookup of the embedding, norms or the optimizer.
 
+A frozen matrix has no gradient of its own, so it costs 4 instead of 6; its adapter 6 for each of its parameters.
+
 MFU = FLOPs / (seconds · what the devices do at most), at their bfloat16 peak whatever the dtype.
 """
 import jax
@@ -14,11 +16,12 @@ import numpy as np
 
 from data.batches import Batch
 from model.config import LlamaConfig
+from model.lora import Lora, adapter_specs
 from model.weights import weight_specs
 
 
-def step_flops(config: LlamaConfig, batch: Batch) -> int:
-    """Count the FLOPs of one step (all parameters trained) over a batch of numpy arrays, as above.
+def step_flops(config: LlamaConfig, batch: Batch, lora: Lora | None = None) -> int:
+    """Count the FLOPs of one step over a batch of numpy arrays, as above.
 
     length: of a segment, or the row's where there are no segments.  Positions with a loss: all tokens, unless the batch
     lists them; then those that count.
@@ -32,4 +35,6 @@ def step_flops(config: LlamaConfig, batch: Batch) -> int:
     matrices = sum(spec.size for spec in specs if spec.stacked and spec.init == 'normal')
     head = config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6 * (matrices * tokens + head * positions) + attention * sum(length * length for length in lengths)
+    adapters = sum(spec.size for spec in jax.tree.leaves(adapter_specs(config, lora))) if lora else 0
+    return ((4 if lora else 6) * (matrices * tokens + head * positions) + 6 * adapters * tokens
+            + attention * sum(length * length for length in lengths))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data.batches import Batch
 from model.partition import BATCH
+from model.weights import Llama
 from training.best import Best
 from training.metrics import MetricsWriter
 from training.profile import Trace
@@ -53,17 +54,18 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
 
 def train(state: TrainState, batches: Iterator[Batch], step: Step, mesh: Mesh, schedule: Schedule,
           writer: MetricsWriter, *, data_position: Callable[[], dict], save: Callable[[TrainState, int], None],
-          evaluate: Callable[[TrainState], dict] | None = None,
-          measure: Callable[[TrainState, int], dict] | None = None, best: Best | None = None,
-          peak_seconds: Callable[[Batch], float] | None = None, trace: Trace | None = None) -> tuple[TrainState, int]:
+          weights_of: Callable[[TrainState], Llama] = lambda state: state.params,
+          evaluate: Callable[[Llama], dict] | None = None, measure: Callable[[Llama, int], dict] | None = None,
+          best: Best | None = None, peak_seconds: Callable[[Batch], float] | None = None,
+          trace: Trace | None = None) -> tuple[TrainState, int]:
     """Run micro-steps start_step..total_steps-1 and return the last state and how many steps are done then.
 
     `save(state, n)` is called with the number n of steps done.  `data_position()` is added to each logged row, and so
-    is `evaluate(state)`; `measure(state, n)` when the schedule says so, which logs a row too.  best: told of what was
-    measured; a better one is saved, and when its patience ends, so does the run.  peak_seconds: the time that a batch
-    would take at the devices' peak; MFU is their sum over the time it took.  One step is kept in flight: the host
-    prepares batch n + 1 while the devices compute step n, and never runs further ahead.  tokens_per_second counts steps
-    only: compiling, evaluating and saving are left out of its time.
+    is `evaluate(weights)`; `measure(weights, n)` when the schedule says so, which logs a row too; `weights_of(state)`
+    are those to evaluate.  best: told of what was measured; a better one is saved, and when its patience ends, so does
+    the run.  peak_seconds: the time that a batch would take at the devices' peak; MFU is their sum over the time it
+    took.  One step is kept in flight: the host prepares batch n + 1 while the devices compute step n, and never runs
+    further ahead.  tokens_per_second counts steps only: compiling, evaluating and saving are left out of its time.
     Raises FloatingPointError, before anything is saved, when a logged loss or gradient norm is not finite.
     """
     start, total = schedule.start_step, schedule.total_steps
@@ -97,9 +99,9 @@ def train(state: TrainState, batches: Iterator[Batch], step: Step, mesh: Mesh, s
                     row['mfu'] = round(peak / stepping, 4)
                 check_finite(row, n)
                 if evaluate:
-                    row |= evaluate(state)
+                    row |= evaluate(weights_of(state))
                 if measures:
-                    measured = measure(state, done)
+                    measured = measure(weights_of(state), done)
                     row |= measured
                     better = best is not None and best.add(done, measured)
                     stop = best is not None and best.exhausted
