@@ -28,8 +28,9 @@ def batch_loss(params: Llama, batch: Batch, config: LlamaConfig, compute: Comput
     h_BPM = h_BTM
     if batch.loss_positions_BP is not None:
         h_BPM = jnp.take_along_axis(h_BTM, batch.loss_positions_BP[..., None], axis=1)
-    nll_BP, correct_BP = loss.token_cross_entropy(params, h_BPM, batch.targets_BP, compute)
-    return loss.row_mean_loss(nll_BP, correct_BP, batch.loss_mask_BP, batch.row_weight_B)
+    with jax.named_scope('loss'):
+        nll_BP, correct_BP = loss.token_cross_entropy(params, h_BPM, batch.targets_BP, compute)
+        return loss.row_mean_loss(nll_BP, correct_BP, batch.loss_mask_BP, batch.row_weight_B)
 
 
 def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Hyperparameters, accumulate: int,
