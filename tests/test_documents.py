@@ -155,11 +155,15 @@ def test_rows_say_where_they_come_from(path):
 def test_rows_have_the_names_that_the_tools_write():
     """So that a new plan.py --output or rows.jsonl takes the place of what stands there; `model` and `topology` of the
     larger plans are the table's own."""
-    read = {name: json.loads((ROOT / f'docs/figures/{name}.json').read_text()) for name in ('plans', 'kernels')}
+    read = {name: json.loads((ROOT / f'docs/figures/{name}.json').read_text())
+            for name in ('plans', 'lora_plans', 'kernels')}
     plan, estimated = ({field.name for field in dataclasses.fields(x)} for x in (MeshPlan, Estimate))
     for row in read['plans']['rows'] + read['plans']['larger'] + read['plans']['largest']:
         assert set(row) - {'model', 'topology'} <= plan and set(row.get('estimate') or ()) <= estimated
         assert set(row.get('parts', ())) <= {'parameters', 'optimizer', 'activations'}
+    for row in read['lora_plans']['rows']:
+        assert set(row) - {'model', 'topology', 'flags'} == plan and set(row['estimate']) == estimated
+        assert set(row['parts']) == {'base', 'adapters', 'optimizer', 'activations'}
     for row in read['kernels']['rows']:
         about = attention.describe(row['shape'], SMALL, row['kernel'], row['pass'], None, row['target'])
         assert set(row) <= {*about, 'method', 'ms', 'bundles', 'hot'}

@@ -5,10 +5,11 @@
 
 A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is one of BLOCKS.  Figures are changed in the
 JSON files, by the tool that makes them where it writes JSON: kernels.json holds rows of instruments.bench.attention
-(rows.jsonl), plans.json rows of plan.py (--output), cpu_training.json those of instruments.bench.cpu_training
-(--output), results.json and tickets.json what evaluate.py counts (`total` and `correct` of evaluation.json).  Each says
-the command, the machine, the versions, the date and the commit; `notes` are findings in words.  easylm.json names the
-tests of the article's flags and requests; default and help of a flag are those of program/flags.py.
+(rows.jsonl), plans.json and lora_plans.json rows of plan.py (--output), cpu_training.json those of
+instruments.bench.cpu_training (--output), results.json and tickets.json what evaluate.py counts (`total` and `correct`
+of evaluation.json).  Each says the command, the machine, the versions, the date and the commit; `notes` are findings in
+words.  easylm.json names the tests of the article's flags and requests; default and help of a flag are those of
+program/flags.py.
 
 tests/test_documents.py compares documents and rows.
 """
@@ -142,6 +143,20 @@ def other_plans(figures: dict) -> str:
     return table(['model', 'slice', 'mesh', 'batch', 'GiB a device', 'seconds a step'], rows)
 
 
+def lora_plans(figures: dict) -> str:
+    """Adapters beside a frozen base, on the smallest slices that were tried; a row that does not fit says so."""
+    rows = []
+    for row in figures['rows']:
+        parts = row['parts']
+        verdict = f'{gib(row["needed"])} of {gib(row["usable"])}' + ('' if row['fits'] else ': does not fit')
+        rows.append([row['model'], f'{row["topology"]}, {row["mesh_dim"]}',
+                     f'{row["batch_size"]} x {row["seq_length"]:,}', gib(parts['base']),
+                     gib(parts['adapters'] + parts['optimizer']), gib(row['temporaries']), verdict,
+                     f'{seconds(row):.3g}', f'`{row["flags"]}`'])
+    return table(['model', 'slice, mesh', 'batch', 'base, GiB', 'adapters + optimizer', 'temporaries', 'in all',
+                  'seconds a step', 'flags'], rows)
+
+
 def cpu_training(figures: dict) -> str:
     """Seconds a step beside torch; one row a run."""
     names = {'torch': 'torch', 'ours': 'ours', 'ynn': "ours with XLA's other library of products"}
@@ -224,6 +239,7 @@ BLOCKS = {
         read('serving_ratios')),
     'easylm': lambda: easylm(read('easylm')),
     'other_plans': lambda: other_plans(read('plans')),
+    'lora_plans': lambda: lora_plans(read('lora_plans')) + origin(read('lora_plans')) + notes(read('lora_plans')),
 }
 
 
