@@ -14,6 +14,7 @@ opened.
 """
 import difflib
 import functools
+import hashlib
 import logging
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoint import native, shards
-from checkpoint.formats.reading import tensors_of
+from checkpoint.formats.reading import Bounds, tensors_of
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer, read_object, tokenizer_from_bytes, tokenizer_from_json
 from hosts import processes
@@ -169,6 +170,22 @@ class Source:
         del self._reader
         return arrays
 
+    def fingerprint(self, config: LlamaConfig) -> str:
+        """Hash what tells these weights from others, whatever the format: sha256 as hex digits.
+
+        Of every layer's tensors, the embedding and the head: their names, shapes, and a corner of their values as
+        float32, 16 rows of a head's width (a norm as a whole).  So a copy in another format is the same base, one that
+        was rounded another.  Little is read.  Raises Mistake for another shape than `config`.
+        """
+        reader, digest = self.reader(config), hashlib.sha256()
+        for spec, layer in tensors_of(config):
+            shape = spec.shape[spec.stacked:]
+            corner = tuple((0, min(size, most)) for size, most in zip(shape, (16, config.head_dim), strict=True)
+                           ) if len(shape) == 2 else ((0, *shape),)
+            digest.update(f'{spec.name} {layer} {shape}'.encode())
+            digest.update(np.ascontiguousarray(reader.tensor(spec.name, layer, corner), '<f4').tobytes())
+        return digest.hexdigest()
+
     def reader(self, config: LlamaConfig):
         """Return the reader of any checkpoint, ours too: (name, layer) -> tensor, once all shapes are `config`'s.
 
@@ -234,8 +251,8 @@ class _NativeReader:
     def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
         return self._shapes.get(self.source(name, layer))
 
-    def tensor(self, name: str, layer: int | None) -> np.ndarray:
-        return self._step.read(f'params.{name}', layer)
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        return self._step.read(f'params.{name}', layer, bounds)
 
 
 # ---------------------------------------------------------------- what a native checkpoint says beside its arrays

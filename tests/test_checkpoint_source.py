@@ -129,6 +129,42 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
     assert_equal_whole_tensors(params, checkpoint.open(spec).reader(config), config)
 
 
+def test_a_fingerprint_is_of_the_values_alone(tmp_path, monkeypatch):
+    """hf, gguf, EasyLM's and our copy of a model have the same one; each tensor counts, and a corner of it is read."""
+    config = LlamaConfig(64, 64, 128, 2, 4, 4, tie_word_embeddings=False, rope_theta=10000.0)
+    specs, changed = jax.tree.leaves(weight_specs(config)), set()
+
+    def tensor(name, layer):
+        rng = np.random.default_rng([ord(letter) for letter in name] + [layer or 0])
+        values = rng.standard_normal(next(spec.shape[spec.stacked:] for spec in specs if spec.name == name), np.float32)
+        return values.astype(ml_dtypes.bfloat16).astype(np.float32) + ((name, layer) in changed)
+
+    def fingerprint(spec):
+        return checkpoint.open(spec).fingerprint(config)
+
+    huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
+    huggingface_writer.write(tmp_path / 'bf16', tensor, config, None, None, 'bf16', 10**5)
+    easylm_writer.write_params(tmp_path / 'params', tensor, config, 'bf16')
+    arrays = {f'params.{spec.name}': jnp.stack([tensor(spec.name, layer) for layer in range(2)]) if spec.stacked else
+              jnp.asarray(tensor(spec.name, None)) for spec in specs}
+    native.save(tmp_path / 'native', 1, arrays, dict(model=dataclasses.asdict(config)), {}, keep=1)
+    write_gguf(tmp_path / 'model.gguf', tmp_path / 'hf')
+    whole = fingerprint(f'hf::{tmp_path}/hf')
+    for spec in (f'hf::{tmp_path}/bf16', f'params::{tmp_path}/params', str(tmp_path / 'native'),
+                 f'gguf::{tmp_path}/model.gguf'):
+        assert fingerprint(spec) == whole, spec
+    reads, read = [], huggingface.Reader.tensor
+    monkeypatch.setattr(huggingface.Reader, 'tensor', lambda *args: reads.append(read(*args).size) or read(*args))
+    fingerprint(f'hf::{tmp_path}/hf')
+    monkeypatch.undo()
+    assert max(reads) == 16 * config.head_dim and len(reads) == len(reading.tensors_of(config))
+    for number, (spec, layer) in enumerate(reading.tensors_of(config)):
+        changed.clear()
+        changed.add((spec.name, layer))
+        huggingface_writer.write(tmp_path / f'{number}', tensor, config, None, None, 'fp32', 10**9)
+        assert fingerprint(f'hf::{tmp_path}/{number}') != whole, spec.name
+
+
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
 def test_a_part_of_a_file_is_that_part(tmp_path, monkeypatch, dtype):
     """Rows, columns and corners, a block boundary within them, equal numpy's slices."""
