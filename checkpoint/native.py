@@ -62,10 +62,10 @@ class Streamed(NamedTuple):
 
 
 def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], meta: dict, files: dict[str, bytes],
-         keep: int, keep_every: int = 0) -> Path:
+         keep: int, keep_every: int = 0, spare: int | None = None) -> Path:
     """Writes step `step` and returns its directory; then, of the older complete steps, all but keep - 1 are deleted.
 
-    Milestones, the steps that keep_every divides, are neither deleted nor counted (0: there are none).
+    Milestones, the steps that keep_every divides (0: there are none), and step `spare` are neither deleted nor counted.
 
     arrays: name -> array of any shape, float32, bfloat16, integer or bool; any sharding of the run's devices; or
     Streamed (by one process only).
@@ -101,7 +101,7 @@ def save(directory: str, step: int, arrays: dict[str, jax.Array | Streamed], met
     except BaseException:
         undo()
         raise
-    processes.agree(lambda: _delete_older(directory, step, keep, keep_every) if leads else None)
+    processes.agree(lambda: _delete_older(directory, step, keep, keep_every, spare) if leads else None)
     return final
 
 
@@ -180,8 +180,9 @@ def _commit(temporary: Path, final: Path, step: int, arrays, meta: dict, sealed:
     sync(final.parent)
 
 
-def _delete_older(directory: str, step: int, keep: int, keep_every: int) -> None:
-    older = [other for other in steps(directory) if other < step and not (keep_every and other % keep_every == 0)]
+def _delete_older(directory: str, step: int, keep: int, keep_every: int, spare: int | None) -> None:
+    older = [other for other in steps(directory) if other < step and other != spare
+             and not (keep_every and other % keep_every == 0)]
     for old in older[:max(0, len(older) - (keep - 1))]:
         doomed = Path(directory) / f'{step_directory(directory, old).name}.tmp-{secrets.token_hex(4)}'
         os.rename(step_directory(directory, old), doomed)

@@ -52,6 +52,18 @@ class PackedStream:
         self._throughput.add(count)
         return Batch(inputs, None, None, targets, loss_mask, np.ones(self.batch_size, np.float32))
 
+    def pass_tokens(self) -> int:
+        """Count the tokens of one pass over the records, by tokenizing all of them: nothing is kept, no place changes.
+
+        Called before the first batch.
+        """
+        skipped, problems = self.reader.skipped_lines, list(self.reader.problems)
+        tokens = sum(len(record.tokens) for record in self.reader.records())
+        self.reader.skipped_lines, self.reader.problems = skipped, problems
+        if not tokens:
+            raise Mistake(f'{self.reader.path}: no usable record in it; check --{self.reader.flag}.path')
+        return tokens
+
     @property
     def metrics(self) -> dict:
         """The reader's place after the last batch, by EasyLM's names, and the throughput, training time included.

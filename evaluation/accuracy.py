@@ -18,6 +18,7 @@ import numpy as np
 
 from data.labelled import Example
 from data.prompt import PromptTemplate
+from evaluation.calibration import measures
 from mistake import Mistake
 
 
@@ -122,8 +123,8 @@ def confusion_matrix(labels: list[int], predictions: list[int], classes: int) ->
 
 def accuracy_report(examples: list[Example], predictions: list[Prediction], template: PromptTemplate) -> dict:
     """The figures of one method, JSON-able: accuracy with its 95 % interval, the share of the commonest label (what a
-    constant answer would reach), `per_label` and `macro_f1` (`label_scores`), the confusion matrix and the indices of
-    the misclassified reviews."""
+    constant answer would reach), `per_label` and `macro_f1` (`label_scores`), `loss` (`label_loss`), the confusion
+    matrix and the indices of the misclassified reviews."""
     labels = [example.label for example in examples]
     counts = confusion_matrix(labels, [prediction.label for prediction in predictions], len(template.labels))
     correct = int(np.trace(counts))
@@ -131,7 +132,7 @@ def accuracy_report(examples: list[Example], predictions: list[Prediction], temp
         'total': len(examples), 'correct': correct, 'accuracy': correct / len(examples),
         'interval_95': list(wilson_interval(correct, len(examples))),
         'majority_baseline': int(counts.sum(axis=1).max()) / len(examples),
-        **label_scores(counts, template.labels),
+        **label_scores(counts, template.labels), 'loss': label_loss(labels, predictions),
         'rows_original': list(template.labels), 'columns_predicted': [*template.labels, 'other'],
         'confusion': counts.tolist(),
         'misclassified': [i for i, (label, p) in enumerate(zip(labels, predictions, strict=True)) if label != p.label],
@@ -154,6 +155,15 @@ def label_scores(counts_CP: np.ndarray, labels: tuple[str, ...]) -> dict:
     return {'per_label': scores, 'macro_f1': sum(f1) / len(f1) if f1 else None}
 
 
+def label_loss(labels: list[int], predictions: list[Prediction]) -> float | None:
+    """The mean over reviews of -log p(label) in nats, p being normalised over the labels as /classify has it: log 2 for
+    a model that does not know two labels apart, however long their answers.  None where there are no scores, or none
+    that say anything (an answer that the model holds for impossible)."""
+    if any(prediction.scores is None or not math.isfinite(max(prediction.scores)) for prediction in predictions):
+        return None
+    return measures([prediction.scores for prediction in predictions], labels, 1.0)['nll']
+
+
 def report_text(report: dict) -> str:
     """The report as the program prints it: figures, a table of labels and the confusion matrix."""
     low, high = report['interval_95']
@@ -166,8 +176,10 @@ def report_text(report: dict) -> str:
     for name, score in report['per_label'].items():
         lines.append(f'{name:>{width}}' + ''.join(f'{share(score[key]):>11}' for key in ('precision', 'recall', 'f1'))
                      + f"{score['cases']:>11}")
-    lines += [f'{"macro F1":>{width}}{share(report["macro_f1"]):>33}', '',
-             ' ' * width + ''.join(f'{name:>{width}}' for name in columns) + '   <- predicted']
+    lines += [f'{"macro F1":>{width}}{share(report["macro_f1"]):>33}']
+    if report['loss'] is not None:
+        lines += [f'{"loss":>{width}}{report["loss"]:>33.4f}']
+    lines += ['', ' ' * width + ''.join(f'{name:>{width}}' for name in columns) + '   <- predicted']
     for name, row in zip(report['rows_original'], report['confusion'], strict=True):
         lines.append(f'{name:>{width}}' + ''.join(f'{count:>{width}}' for count in row))
     return '\n'.join(lines)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mistake import Mistake
 from model import quantized
 from model.config import Compute, LlamaConfig
-from model.partition import DTYPES, gather_weight, pytree, static, varies
+from model.partition import DTYPES, gather_weight, pytree, varies
 from model.quantized import Int8
 from model.weights import Array, Layer, Llama, WeightSpec, check_divisible, partitions, weight_specs
 
@@ -72,15 +72,17 @@ class Adapter:
 class Adapted:
     """A matrix with its adapter, of all layers or of one; `x @ w` works for it as for an array.
 
-    key: of dropout's masks, one a layer; None computes without.
+    key: of dropout's masks, one a layer; None computes without.  rows_B: int32, which of several adapters each row of
+    the batch has: a and b are then stacks of them, [C, in, R] and [C, R, out] of a layer; None: there is one.
     """
 
     base: Array | Int8
     a: Array
     b: Array
-    key: Array | None
-    scale: float = static()
-    dropout: float = static()
+    key: Array | None = None
+    rows_B: Array | None = None
+    scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+    dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.base + self.delta(x)
@@ -90,6 +92,9 @@ class Adapted:
         if self.key is not None:
             kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        if self.rows_B is not None:
+            low_BTR = jnp.einsum('BTI,BIR->BTR', x, self.a[self.rows_B])
+            return self.scale * jnp.einsum('BTR,BRO->BTO', low_BTR, self.b[self.rows_B])
         return self.scale * ((x @ self.a) @ self.b)
 
 
@@ -147,7 +152,7 @@ def _stored(params: Llama, config: LlamaConfig, dtype: str) -> Llama:
 def adapter_specs(config: LlamaConfig, lora: Lora) -> Llama:
     """Derive the Llama tree of the adapters' WeightSpecs ('layers.w_q.a') from those of the weights; else None.
 
-    Raises Mistake for a rank that is no lower than that of a matrix.
+    Raises Mistake for a rank above that of a matrix.
     """
     specs = weight_specs(config)
 
@@ -155,9 +160,9 @@ def adapter_specs(config: LlamaConfig, lora: Lora) -> Llama:
         if spec.name.removeprefix('layers.') not in lora.targets:
             return None
         (n, i, o), (N, into, out) = spec.shape, spec.letters
-        if lora.rank >= min(i, o):
-            raise Mistake(f'lora.rank={lora.rank} must be below {min(i, o)}, the smaller side of {spec.name}: an '
-                          'adapter of that rank is the matrix itself; lower it, or train without --lora.rank')
+        if lora.rank > min(i, o):
+            raise Mistake(f'lora.rank={lora.rank} must be at most {min(i, o)}, the smaller side of {spec.name}, where '
+                          'an adapter is as large as the matrix: lower it, or train without --lora.rank')
         _, split_in, split_out = (axis if axis == 'mp' else None for axis in spec.partition)
         return Adapter(
             WeightSpec(f'{spec.name}.a', (n, i, lora.rank), PartitionSpec(None, split_in, None), 'fan_in',
@@ -181,10 +186,16 @@ def adapted(base: Llama, adapters: Llama, lora: Lora, key: Array | None = None) 
         keys = None
         if key is not None and lora.dropout > 0:
             keys = jax.random.split(jax.random.fold_in(key, TARGETS.index(name)), adapter.a.shape[0])
-        return Adapted(weight, adapter.a, adapter.b, keys, lora.scale, lora.dropout)
+        return Adapted(weight, adapter.a, adapter.b, keys, None, lora.scale, lora.dropout)
 
     layers = Layer(**{field.name: join(field.name) for field in dataclasses.fields(Layer)})
     return dataclasses.replace(base, layers=layers)
+
+
+def adapted_partitions(config: LlamaConfig, lora: Lora) -> Llama:
+    """Build the tree of PartitionSpecs of what `adapted` joins without a key."""
+    adapters = jax.tree.map(lambda spec: spec.partition, adapter_specs(config, lora))
+    return adapted(base_partitions(config, lora.base_dtype), adapters, lora)
 
 
 def merged(base: Llama, adapters: Llama, lora: Lora) -> Llama:

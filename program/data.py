@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pathlib
+from fractions import Fraction
 
 from jax.sharding import Mesh
 
@@ -51,11 +52,22 @@ def open_batches(dataset: Dataset, tokenizer: Tokenizer, mesh: Mesh, seed: int) 
     return batches
 
 
-def epoch_length(batches: PackedStream | RowBatches) -> int:
-    """Count the batches of an epoch."""
-    if isinstance(batches, PackedStream):
-        raise Mistake('total_steps=0 needs --train_dataset.json_dataset.batching=rows: a stream has no epochs')
-    return batches.batches_per_epoch
+def epoch_length(batches: PackedStream | RowBatches, dataset: Dataset) -> Fraction:
+    """Count the batches of an epoch, a pass over the records: of a stream what its tokens fill, with a part of one.
+
+    A stream is counted by tokenizing it once; the next pass begins where this one ends, in the same order (rows are
+    shuffled each epoch).  Raises Mistake for a data set that is read from afar while training.
+    """
+    if isinstance(batches, RowBatches):
+        return Fraction(batches.batches_per_epoch)
+    if dataset.rows.get('streaming'):
+        raise Mistake(f'{dataset.flag}.streaming=True: how long an epoch of it is would only be known after reading '
+                      'all of it; give --total_steps, and --evaluate_every in steps')
+    tokens = batches.pass_tokens()
+    length = Fraction(tokens, batches.batch_size * batches.seq_length)
+    print(f'{dataset.name}: {tokens} tokens a pass, {float(length):.2f} batches an epoch, in file order each time',
+          flush=True)
+    return length
 
 
 def read_template(dataset: Dataset) -> PromptTemplate | None:

@@ -56,7 +56,8 @@ MOST_USED = (
     'labels', 'method', 'sample_size', 'format', 'train_dataset.type', 'train_dataset.json_dataset.path',
     'train_dataset.text_processor.fields', 'train_dataset.json_dataset.batching',
     'train_dataset.json_dataset.seq_length', 'train_dataset.json_dataset.batch_size', 'total_steps', 'epochs',
-    'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'input_length', 'seq_length',
+    'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'evaluate_every',
+    'input_length', 'seq_length',
     'batch_size', 'parallel', 'lm_server.host', 'lm_server.port', 'lm_server.batch_size',
     'lm_server.default_temperature', 'serve', 'output', 'output_dir', 'before',
 )
@@ -64,11 +65,12 @@ MOST_USED = (
 GROUPS = {
     'the model': ('load_llama_config', 'update_llama_config', 'load_checkpoint', 'tokenizer.', 'mesh_dim', 'dtype',
                   'attention', 'add_bos_token', 'llama.'),
+    'adapters': ('lora.',),
     'training data': ('train_dataset.', 'load_dataset_state'),
-    'evaluation data': ('eval_dataset.', 'eval_steps'),
+    'evaluation while training': ('eval_dataset.', 'eval_steps', 'evaluate', 'keep_best', 'patience'),
     'the optimizer': ('optimizer.', 'reduce_gradients'),
     'checkpoints': ('checkpointer.', 'save_', 'resume'),
-    'logging': ('logger.', 'log_freq'),
+    'logging': ('logger.', 'log_freq', 'profile_steps'),
     'serving': ('lm_server.', 'input_length', 'top_k', 'top_p', 'do_sample', 'num_beams'),
     'several hosts': ('jax_distributed.', 'initialize_jax_distributed', 'log_all_worker'),
 }
@@ -286,11 +288,24 @@ LLAMA = (  # sizes where neither --load_llama_config nor the checkpoint says the
 )
 
 
-TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('eval_dataset')) + (
+LORA = (  # adapters of a low rank beside frozen weights (model/lora.py)
+    Flag('lora.rank', 0, 'train adapters of this rank beside the frozen weights (LoRA); 0 trains all weights', least=0),
+    Flag('lora.alpha', 0.0, 'what the adapters give is multiplied by alpha / rank; 0 for twice the rank', least=0),
+    Flag('lora.targets', 'w_q,w_v', 'matrices of a layer that are adapted: any of w_q, w_k, w_v, w_o, w_gate, w_up, '
+         'w_down'),
+    Flag('lora.dropout', 0.0, "part of the adapters' inputs that is left out in training", least=0, below=1),
+    Flag('lora.rslora', False, 'multiply by alpha / sqrt(rank) instead (rsLoRA)'),
+    Flag('lora.base_dtype', '', 'how the frozen weights are kept: fp32, bf16, or int8 with a factor for each output '
+         'channel of the matrices of layers; empty for that of --dtype', ('', 'fp32', 'bf16', 'int8')),
+)
+
+
+TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_dataset('eval_dataset')) + (
     Flag('update_llama_config', '', "changes to the model's sizes, as literals: dict(max_sequence_length=4096, "
          "remat_block='nothing_saveable')"),
     Flag('total_steps', 10000, 'micro-steps of the run; 0 for as many as `epochs` says', least=0),
-    Flag('epochs', 1, 'passes over the data where total_steps=0 (batching=rows only)', least=1),
+    Flag('epochs', 1, 'passes over the data where total_steps=0; of batching=stream the tokens of one pass are counted '
+         'first', least=1),
     Flag('load_dataset_state', '', 'dataset.json of an earlier run, or its checkpoint: go on in the data where it '
          'stood; replaces all train_dataset flags', path='read'),
     Flag('log_freq', 50, 'steps between logged rows', least=1),
@@ -298,6 +313,18 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('
     Flag('save_model_freq', 0, 'steps between checkpoints; the final one is always saved', least=0),
     Flag('save_milestone_freq', 0, 'steps between checkpoints that are never deleted', least=0),
     Flag('eval_steps', 0, 'batches of eval_dataset measured at each logged row, the same ones each time', least=0),
+    Flag('evaluate_every', '', 'evaluate the labels of evaluate.input, by the code of evaluate.py, every so many '
+         'micro-steps (200) or parts of an epoch (0.5epoch), and at the end; empty: never'),
+    Flag('evaluate.input', '', 'labelled set to evaluate, as evaluate.py takes it', path='asset'),
+    *(flag._replace(name=f'evaluate.{flag.name}') for flag in PREPARE
+      if flag.name in ('split', 'text_field', 'label_field')),
+    *(flag._replace(name=f'evaluate.{flag.name}') for flag in EVALUATE if flag.name == 'sample_size'),
+    Flag('evaluate.batch_size', 16, 'texts computed together', least=1),
+    Flag('keep_best', '', 'save the evaluation with the best accuracy, macro F1 or loss of the labels, and keep it '
+         'whatever checkpointer.keep says until a better one is saved; empty: none', ('', 'accuracy', 'f1', 'loss')),
+    Flag('patience', 0, 'with keep_best: stop after so many evaluations that were no better; 0: never', least=0),
+    Flag('profile_steps', '', "10:15 writes a trace of micro-steps 10 to 14 to DIR/profile for TensorBoard's profiler; "
+         'empty: none'),
     Flag('resume', False, 'continue the run in logger.output_dir (saved with its optimizer state); without one, begin'),
     Flag('reduce_gradients', '', 'dtype in which gradients are summed between devices; empty: that of --dtype',
          ('', 'fp32', 'bf16')),
@@ -316,6 +343,8 @@ TRAIN = MODEL + LLAMA + _dataset('train_dataset') + _as_train_dataset(_dataset('
          above=0, below=1),
     Flag('optimizer.adamw_optimizer.clip_gradient', 1.0, 'largest global norm of the gradient', above=0),
     Flag('optimizer.adamw_optimizer.weight_decay', 1e-4, 'decoupled weight decay, on all weights', least=0),
+    Flag('optimizer.adamw_optimizer.layerwise_decay', 1.0, 'each layer learns at this part of the rate of the layer '
+         'above it: layer i of N at d^(N-1-i), the embedding at d^N, final norm and head at 1', above=0, most=1),
     Flag('optimizer.adamw_optimizer.bf16_momentum', False, 'store the first moment in bfloat16'),
     Flag('optimizer.adamw_optimizer.multiply_by_parameter_scale', False, "scale each matrix's update by its RMS: "
          'another optimizer, see training/optimizer.py'),
@@ -418,7 +447,7 @@ PLAN = (
     optimizer__accumulate_gradient_steps=..., optimizer__adamw_optimizer__multiply_by_parameter_scale=...,
     optimizer__adamw_optimizer__bf16_momentum=..., optimizer__palm_optimizer__bf16_momentum=...,
     train_dataset__type=...,
-) + (
+) + LORA + (
     Flag('batch_size', 8, 'rows in a batch, over all devices',
          recipe=('train_dataset.json_dataset.batch_size', 'train_dataset.huggingface_dataset.batch_size'), least=1),
     Flag('seq_length', 1024, 'tokens in a row; with --serve of prompt and answer',

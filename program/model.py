@@ -33,10 +33,13 @@ class Model(NamedTuple):
         """Return the checkpoint's prompt template, or None."""
         return self.source and self.source.template
 
-    def load_params(self, seed: int) -> Llama:
-        """Load the weights of --load_checkpoint, or make random ones from the seed where it is empty."""
+    def load_params(self, seed: int, dtype: str = 'fp32') -> Llama:
+        """Load the weights of --load_checkpoint, or make random float32 ones from the seed where it is empty.
+
+        dtype: see Source.load_params.
+        """
         if self.source:
-            return self.source.load_params(self.config, self.mesh)
+            return self.source.load_params(self.config, self.mesh, dtype)
         return init_params(self.config, self.mesh, seed)
 
 

@@ -2,17 +2,22 @@
 
   Load      what to load: weights, sizes, tokenizer, and the mesh to put them on
   Compute   how to compute (model/config.py)
+  Lora      which adapters to train beside frozen weights (model/lora.py)
   Dataset   what to read: train_dataset or eval_dataset
-  Run       how to run: steps, checkpoints, logs
+  Run       how to run: steps, evaluations, checkpoints, logs
 """
 import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from mistake import Mistake
 from model.config import Compute, LlamaConfig
+from model.lora import Lora
 from model.remat import remat_policy
 from program import flags as tables
 from program.parse import literals
@@ -74,6 +79,20 @@ def read_compute(flags: ConfigDict) -> Compute:
     for policy in filter(None, remat.values()):
         remat_policy(policy)  # raises for one that is not known
     return Compute(flags.dtype, flags.attention, flags.reduce_gradients, **remat)
+
+
+def read_lora(flags: ConfigDict, compute: Compute) -> Lora | None:
+    """Read the adapters to train; None with --lora.rank=0, where no other of their flags may be set."""
+    values = flags.lora.to_dict()
+    if not values['rank']:
+        for flag in tables.LORA:
+            if (value := values[flag.name.removeprefix('lora.')]) != flag.default:
+                raise Mistake(f'{flag.name}={value!r} has no effect where lora.rank=0 trains all weights: set '
+                              '--lora.rank, for example to 16')
+        return None
+    return Lora(**values | dict(alpha=values['alpha'] or 2.0 * values['rank'],
+                                targets=tuple(name.strip() for name in values['targets'].split(',')),
+                                base_dtype=values['base_dtype'] or compute.dtype, seed=flags.get('seed', 0)))
 
 
 def read_optimizer(flags: ConfigDict, steps: int) -> tuple[Hyperparameters, int]:
@@ -140,14 +159,83 @@ def _inherited(values: dict, parent: dict) -> dict:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What train.py evaluates on its way, and what follows; fields are flags of these names, or evaluate.NAME.
+
+    every: micro-steps; epochs, where in_epochs.
+    """
+
+    every: Fraction
+    in_epochs: bool
+    input: str
+    split: str
+    text_field: str
+    label_field: str
+    sample_size: int
+    batch_size: int
+    keep_best: str
+    patience: int
+
+    def every_steps(self, epoch_length: Callable[[], Fraction]) -> Fraction:
+        """Return micro-steps between two evaluations; epoch_length is only called where that is what counts."""
+        steps = self.every * epoch_length() if self.in_epochs else self.every
+        if steps < 1:
+            raise Mistake(f'evaluate_every={float(self.every):g}epoch is less than a step: an epoch has '
+                          f'{float(epoch_length()):.1f}')
+        return steps
+
+
+def read_evaluation(flags: ConfigDict) -> Evaluation | None:
+    """Read --evaluate_every and what belongs to it, None without; raises Mistake for flags that contradict."""
+    values, every = flags.evaluate.to_dict(), flags.evaluate_every
+    defaults = {flag.name: flag.default for flag in tables.TRAIN}
+    if not every:
+        given = [(name, value) for name, value in {
+            **{f'evaluate.{name}': value for name, value in values.items()}, 'keep_best': flags.keep_best,
+            'patience': flags.patience}.items() if value != defaults[name]]
+        if given:
+            raise Mistake(f'{given[0][0]}={given[0][1]!r} has no effect without --evaluate_every: add '
+                          '--evaluate_every=100 (micro-steps) or --evaluate_every=0.5epoch')
+        return None
+    match = re.fullmatch(r'(\d+)|(\d+|\d*\.\d+)epochs?', every)
+    if not match or not (number := Fraction(match[1] or match[2])):
+        raise Mistake(f'evaluate_every={every!r} must be a number of micro-steps, or a part of an epoch: '
+                      '--evaluate_every=100, --evaluate_every=0.5epoch')
+    if not values['input']:
+        raise Mistake(f'evaluate_every={every!r} needs --evaluate.input: a labelled set, as evaluate.py takes it')
+    if flags.patience and not flags.keep_best:
+        raise Mistake(f'patience={flags.patience} needs --keep_best, which says what shall get better: accuracy, f1 '
+                      'or loss')
+    if flags.keep_best and flags.checkpointer.format != 'native':
+        raise Mistake(f'keep_best={flags.keep_best!r} needs --checkpointer.format=native: of format=easylm the next '
+                      'checkpoint is written over the best')
+    return Evaluation(number, not match[1], **values, keep_best=flags.keep_best, patience=flags.patience)
+
+
+def read_profile(text: str, total_steps: int) -> range | None:
+    """Read --profile_steps of a run of `total_steps` (0: not known yet), None where it is empty."""
+    if not text:
+        return None
+    match = re.fullmatch(r'(\d+):(\d+)', text)
+    steps = match and range(int(match[1]), int(match[2]))
+    if not steps or total_steps and steps[-1] >= total_steps:
+        raise Mistake(f'profile_steps={text!r} must be FIRST:END, micro-steps FIRST to END - 1 of the run'
+                      + (f', which has {total_steps}' if total_steps else '') + ': --profile_steps=10:15')
+    return steps
+
+
+@dataclass(frozen=True)
 class Run:
     """How to run train.py; fields are flags of these names.
 
-    output_dir: with experiment_id.  wandb: arguments of wandb.init, None without --logger.online; it is asked after up
-    to random_delay seconds.  flags: all flags, nested, for the checkpoint's record.
+    output_dir: with experiment_id.  evaluation, profile (micro-steps to trace): None for none.  wandb: arguments of
+    wandb.init, None without --logger.online; it is asked after up to random_delay seconds.  flags: all flags, nested,
+    for the checkpoint's record.
     """
 
     output_dir: Path
+    evaluation: Evaluation | None
+    profile: range | None
     seed: int
     total_steps: int
     epochs: int
@@ -178,9 +266,11 @@ def read_run(flags: ConfigDict) -> Run:
     project = f'{logger.prefix}--{logger.project}' if logger.prefix and not logger.prefix_to_id else logger.project
     wandb = dict(project=project, id=name, entity=logger.entity, notes=logger.notes, anonymous=logger.anonymous,
                  dir=logger.wandb_dir or str(output_dir), config=flags.to_dict())
-    return Run(output_dir=output_dir, **{key: flags[key] for key in own}, format=keeper.format,
-               float_dtype=keeper.float_dtype, save_optimizer_state=keeper.save_optimizer_state, keep=keeper.keep,
-               tensorboard=logger.tensorboard, random_delay=logger.random_delay, flags=flags.to_dict(),
+    profile = read_profile(flags.profile_steps, flags.total_steps)
+    return Run(output_dir=output_dir, evaluation=read_evaluation(flags), profile=profile,
+               **{key: flags[key] for key in own}, format=keeper.format, float_dtype=keeper.float_dtype,
+               save_optimizer_state=keeper.save_optimizer_state, keep=keeper.keep, tensorboard=logger.tensorboard,
+               random_delay=logger.random_delay, flags=flags.to_dict(),
                wandb={key: value for key, value in wandb.items() if value is not None} if logger.online else None)
 
 

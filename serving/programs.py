@@ -20,7 +20,7 @@ jax 0.11 for two), or two of int8, whose sums are exact, and at least 64 tokens 
 it on the CPU.
 """
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.cache import Cache, init_cache
 from model.config import Compute, LlamaConfig
 from model.llama import hidden_states
+from model.lora import Lora, adapted_partitions
 from model.loss import logits
 from model.partition import BATCH, DTYPES, all_gather, pytree, rows_unit
 from model.quantized import quantize, quantized_partitions
@@ -101,15 +102,18 @@ class Programs:
 
     slots: of each group.  length: tokens that a slot holds.  vocabulary: ids that the tokenizer knows; others are never
     chosen.  weight_dtype, cache_dtype: '' for the compute dtype; weights can be 'int8', and the cache too.
-    answer_tokens: most of an answer, the rest of `length` being for the prompt; `beams` is told them.
+    answer_tokens: most of an answer, the rest of `length` being for the prompt; `beams` is told them.  lora: the
+    weights are `adapted` by these adapters, kept as they train.  wait_for_all: called between compiling a program and
+    running it (processes compile at their own pace, and collectives between CPUs wait for half a minute only).
     `compilations` counts what was compiled.
     """
 
     def __init__(self, config: LlamaConfig, compute: Compute, mesh: Mesh, *, slots: int, length: int, vocabulary: int,
-                 answer_tokens: int = 1, weight_dtype: str = '', cache_dtype: str = ''):
-        self.config, self.compute, self.mesh = config, compute, mesh
+                 answer_tokens: int = 1, weight_dtype: str = '', cache_dtype: str = '', lora: Lora | None = None,
+                 wait_for_all: Callable[[], object] = lambda: None):
+        self.config, self.compute, self.mesh, self._wait_for_all = config, compute, mesh, wait_for_all
         self.slots, self.length, self.vocabulary, self.answer_tokens = slots, length, vocabulary, answer_tokens
-        self.weight_dtype = weight_dtype or compute.dtype
+        self.weight_dtype, self.lora = weight_dtype or compute.dtype, lora
         self._fewest = FEWEST_INT8_ROWS if self.weight_dtype == 'int8' else FEWEST_ROWS
         self.cache_dtype = jnp.int8 if cache_dtype == 'int8' else DTYPES[cache_dtype or compute.dtype]
         self.groups = rows_unit(mesh)
@@ -302,6 +306,7 @@ class Programs:
                                           out_shardings=self._shardings(out_specs),
                                           donate_argnums=donated).lower(*arguments).compile()
             self.compilations += 1
+            self._wait_for_all()
         return self._programs[key]
 
     def _shardings(self, specs):
@@ -311,7 +316,8 @@ class Programs:
 
     def _definition(self, name: str, static: tuple):
         """Define a program: (function, in_specs, out_specs, donated arguments)."""
-        params = (quantized_partitions if self.weight_dtype == 'int8' else partitions)(self.config)
+        params = adapted_partitions(self.config, self.lora) if self.lora else (
+            quantized_partitions if self.weight_dtype == 'int8' else partitions)(self.config)
         everywhere = PartitionSpec()
         rows = PartitionSpec(None, BATCH[0], None, 'mp')
         factors = PartitionSpec(None, BATCH[0], None, 'mp', None) if self.cache_dtype == jnp.int8 else None

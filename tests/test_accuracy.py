@@ -140,6 +140,19 @@ def test_the_report_counts_and_lists_the_misclassified():
         ['Positive', '100.0%', '50.0%', '66.7%', '2'], ['macro', 'F1', '83.3%']]
 
 
+def test_the_loss_is_of_the_label_among_the_labels():
+    """Scores -2, -1 for the second label, and a tie: log(1 + 1/e) and log 2, whatever both answers cost; none without
+    scores, or where every answer is impossible."""
+    of = lambda *scores: Prediction(0, list(scores))
+    expected = (math.log1p(math.exp(-1)) + math.log(2)) / 2
+    assert accuracy.label_loss([1, 0], [of(-2.0, -1.0), of(-7.0, -7.0)]) == pytest.approx(expected, rel=1e-12)
+    assert accuracy.label_loss([1, 0], [of(-22.0, -21.0), of(-9.0, -9.0)]) == pytest.approx(expected, rel=1e-12)
+    assert accuracy.label_loss([1], [Prediction(1, text='x')]) is None
+    assert accuracy.label_loss([1], [of(-math.inf, -math.inf)]) is None
+    report = accuracy_report(EXAMPLES[:2], [of(-1.0, -2.0), of(-7.0, -7.0)], PromptTemplate())
+    assert f'loss{report["loss"]:>33.4f}' in report_text(report)
+
+
 def test_scores_of_each_label_are_those_of_scikit_learn():
     """12 reviews: one label never occurs, one is never predicted, one prediction is no label.  The figures are those of
     classification_report of version 1.9.1 for the labels that occur (a share of nothing is 0 there, None here)."""

@@ -5,7 +5,9 @@ batches_N.json; train_curve.json holds its reader's place at each of 40 steps of
 """
 import json
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from data.rows import BY_HAND, RowBatches, default_buckets, refuse_beginning
 from data.stream import PackedStream
 from data.text_processor import TextProcessor
 from data.tokenizer import load_tokenizer
+from program.data import epoch_length
 
 GOLDEN = Path(__file__).parent / 'golden' / 'easylm'
 TOKENIZER = load_tokenizer(GOLDEN / 'tokenizer.model')
@@ -74,6 +77,23 @@ def test_packed_stream_equals_easylm(case):
             np.testing.assert_array_equal(batch.loss_mask_BP, golden['loss_masks'][step])
             assert stream.metrics['dataset_total_tokens'] == tokens_after
             assert batch.loss_positions_BP is None and batch.segments_BT is None and batch.row_weight_B.all()
+
+
+def test_an_epoch_of_a_stream_is_one_pass_over_its_tokens():
+    """What comes after so many tokens is what came at first, in the same order; counting them moves nothing."""
+    new = lambda: PackedStream(reader(), seq_length=16, batch_size=4)
+    stream = new()
+    count, records = stream.pass_tokens(), list(reader().records())
+    assert count == sum(len(record.tokens) for record in records) and count % 64
+    assert stream.state() == new().state() and not stream.reader.skipped_lines and not stream.reader.problems
+    tokens = np.concatenate([next(stream).tokens_BT.ravel() for _ in range(2 * count // 64)])
+    np.testing.assert_array_equal(tokens[:len(tokens) - count], tokens[count:])
+    dataset = SimpleNamespace(name='train_dataset', flag='train_dataset.json_dataset', rows={})
+    assert epoch_length(new(), dataset) == Fraction(count, 64)
+    assert epoch_length(rows(), dataset) == rows().batches_per_epoch
+    dataset.rows['streaming'] = True
+    with pytest.raises(ValueError, match='json_dataset.streaming=True: how long an epoch .* give --total_steps'):
+        epoch_length(new(), dataset)
 
 
 def test_place_in_the_file_is_easylms_on_40_steps():

@@ -196,6 +196,13 @@ def test_milestones_stay(tmp_path):
         assert native.steps(tmp_path) == left
 
 
+def test_a_spared_step_stays_until_another_one_is_spared(tmp_path):
+    """keep=1: 2 is spared at 3 and 4; at 5, which is better, it goes."""
+    for step, spare, left in ((1, 1, [1]), (2, 2, [2]), (3, 2, [2, 3]), (4, 2, [2, 4]), (5, 5, [5]), (6, 5, [5, 6])):
+        native.save(tmp_path, step, small(step), {}, {}, keep=1, spare=spare)
+        assert native.steps(tmp_path) == left
+
+
 @pytest.mark.parametrize('chunk_bytes', [1 << 25, 64])
 def test_streamed_arrays_are_equal_to_those_in_memory(tmp_path, monkeypatch, chunk_bytes):
     """Written two rows at a time, restored to a mesh and read row by row: the same bits; one slice is alive at once."""

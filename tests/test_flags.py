@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 from mistake import Mistake
-from program import flags, parse
+from model.lora import Lora
+from program import flags, parse, settings
 from program.assets import ASSETS
 from program.flags import Flag
 from serving.api import MAX_TEMPERATURE
@@ -329,3 +330,29 @@ def test_an_error_of_a_file_names_the_file_and_the_flag_that_led_there(capsys, m
         'program.py: runs/ab: No such file or directory']
     assert ended(capsys, monkeypatch, ConnectionError('no answer'), *arguments, table=table)[1] == [
         'program.py: no answer']
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def lora(*arguments):
+    config = parse.parse(['train.py', *arguments], flags.TRAIN, '')
+    return settings.read_lora(config, settings.read_compute(config))
+
+
+def test_the_flags_of_adapters_are_read_once():
+    """None without a rank; alpha is twice the rank, the base as the products are, the seed the run's, unless said."""
+    assert lora() is None
+    assert lora('--lora.rank=16', '--dtype=bf16', '--seed=3') == Lora(16, 32.0, base_dtype='bf16', seed=3)
+    assert lora('--lora.rank=4', '--lora.alpha=2', '--lora.targets=w_down, w_q', '--lora.base_dtype=int8',
+                '--lora.rslora', '--lora.dropout=0.1') == Lora(4, 2.0, ('w_down', 'w_q'), 0.1, True, 'int8', 42)
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (['--lora.targets=w_q,w_qq', '--lora.rank=4'], r"'w_qq' is no matrix of a layer \(did you mean w_q\?\)"),
+    (['--lora.base_dtype=int8'], "lora.base_dtype='int8' has no effect where lora.rank=0"),
+    (['--lora.rank=-1'], 'lora.rank=-1 must be at least 0'), (['--lora.dropout=1'], 'lora.dropout=1.0 must be'),
+])
+def test_wrong_flags_of_adapters_are_refused(arguments, says):
+    with pytest.raises(Mistake, match=says):
+        lora(*arguments)

@@ -21,7 +21,7 @@ ROOMS = {  # room -> the rooms it may import from; programs may import everythin
     'training': {'model', 'data'},
     # nothing imports it but programs
     'instruments': {'kernels', 'model', 'data', 'training', 'serving', 'checkpoint', 'evaluation', 'program'},
-    'program': {'model', 'data', 'hosts', 'checkpoint', 'training'},
+    'program': {'model', 'data', 'hosts', 'checkpoint', 'training', 'serving', 'evaluation'},
     'configs': set(),
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob('*.py') if path.stem != '__init__')

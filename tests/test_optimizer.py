@@ -1,4 +1,5 @@
 """The optimizer against trajectories that EasyLM's own (optax 0.1.7) produced, and against optax where it agrees."""
+import dataclasses
 import json
 
 import jax
@@ -59,3 +60,36 @@ def test_palm_is_adafactor_with_its_own_schedules():
         m = 0.8 * m + 0.2 * lr * g / np.sqrt(v) * np.sqrt(np.mean(p * p))
         p = p - m - 3 * lr**2 * p
         np.testing.assert_allclose(params['w'], p, rtol=0, atol=1e-6 * np.abs(p).max(), err_msg=str(n))
+
+
+@pytest.mark.parametrize('hyper', [AdamW(lr_warmup_steps=0, lr_decay_steps=9, weight_decay=0.1),
+                                   AdamW(lr_warmup_steps=0, lr_decay_steps=9, multiply_by_parameter_scale=True)])
+def test_lower_layers_learn_at_a_part_of_the_rate(hyper):
+    """d = 1/2 and three layers: the step of layers 0, 1, 2 is 1/4, 1/2, 1 of that without, of the embedding 1/8, of
+    head and final norm 1; adapters ('layers.w_q.a') are layers too."""
+    shapes = {'layers.w_q.a': (3, 4, 5), 'layers.ffn_norm': (3, 4), 'embedding': (6, 4), 'head': (6, 4),
+              'final_norm': (4,)}
+    letters = {'layers.w_q.a': ('N', 'M', 'R'), 'layers.ffn_norm': ('N', 'M')}
+    specs = {name: WeightSpec(name, shape, PartitionSpec(*[None] * len(shape)), 'normal',
+                              letters.get(name, ('V', 'M')[-len(shape):])) for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+    params, grads = ({name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+                     for _ in range(2))
+    steps = []
+    for decay in (1.0, 0.5):
+        changed = dataclasses.replace(hyper, layerwise_decay=decay)
+        new, _ = optimizer.update(params, grads, optimizer.init(params, changed), changed, specs)
+        steps.append({name: np.asarray(new[name] - params[name]) for name in shapes})
+    layers = np.array([0.25, 0.5, 1.0])
+    factors = {'layers.w_q.a': layers[:, None, None], 'layers.ffn_norm': layers[:, None], 'embedding': 0.125,
+               'head': 1.0, 'final_norm': 1.0}
+    for name, factor in factors.items():
+        np.testing.assert_allclose(steps[1][name], factor * steps[0][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_without_a_decay_of_layers_the_program_has_no_part_of_it(monkeypatch):
+    """Nor has PaLM's."""
+    monkeypatch.setattr(optimizer, 'layer_factor', lambda *arguments: pytest.fail('asked'))
+    params = {'w': np.ones((2, 3), np.float32)}
+    for hyper in (AdamW(lr_warmup_steps=0, lr_decay_steps=9), Palm()):
+        optimizer.update(params, params, optimizer.init(params, hyper), hyper, plain_specs(params))

@@ -20,6 +20,9 @@ optimizer steps, t = n + 1:
 
               lr = (lr / 0.01) / sqrt(max(n, warmup))         p = p - m - (weight_decay / 1e-4) lr² p
 
+With layerwise_decay d, every lr above (in the weight decay too) is times a power of d for each weight: d^(N-1-i) for
+layer i of N, d^N for the embedding (tied to the head or not), 1 for final norm and head (ELECTRA, 2003.10555).
+
 With bf16_momentum, m is stored rounded to bfloat16 but used unrounded; b1 is rounded to bfloat16 (0.9 -> 0.8984375)
 while its product with m is not (that is what XLA makes of optax's expression).  All weights decay, norms and embeddings
 too.
@@ -32,6 +35,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mistake import Mistake
@@ -56,6 +60,7 @@ class AdamW:
     weight_decay: float = 1e-4
     bf16_momentum: bool = False
     multiply_by_parameter_scale: bool = False
+    layerwise_decay: float = 1.0
 
     def __post_init__(self):
         if self.lr_decay_steps <= self.lr_warmup_steps:
@@ -88,6 +93,7 @@ class Palm:
     weight_decay: float = 1e-4
     bf16_momentum: bool = False
     multiply_by_parameter_scale = True  # no flag: it always does
+    layerwise_decay = 1.0  # no flag: EasyLM's PaLM has none
 
     def schedule(self, n: jax.Array) -> jax.Array:
         """Compute the learning rate of optimizer step n: constant for the warmup, then falling as 1 / sqrt(n)."""
@@ -117,13 +123,19 @@ def init(params, hyper: Hyperparameters) -> OptimizerState:
                           jax.tree.map(jnp.zeros_like, params))
 
 
+@jax.named_scope('optimizer')
 def update(params, grads, state: OptimizerState, hyper: Hyperparameters, specs):
     """Do one optimizer step: (new params, new state).  All trees have the leaves of `specs`."""
-    t, lr, decay = f32(state.count + 1), hyper.schedule(state.count), hyper.decay(state.count)
+    t, scheduled, decayed = f32(state.count + 1), hyper.schedule(state.count), hyper.decay(state.count)
+    layers = max((spec.shape[0] for spec in jax.tree.leaves(specs) if spec.stacked), default=0)
     norm = global_norm(grads, specs)
     b1 = f32(jnp.bfloat16(hyper.b1)) if hyper.bf16_momentum else hyper.b1
 
     def leaf(p, g, m, v, spec: WeightSpec):
+        lr, decay = scheduled, decayed
+        if hyper.layerwise_decay != 1:
+            factor = layer_factor(spec, layers, hyper.layerwise_decay)
+            lr, decay = lr * factor, decay * factor
         g = jnp.where(norm < hyper.clip_gradient, g, g / norm * hyper.clip_gradient)
         if hyper.multiply_by_parameter_scale:
             beta = 1 - t ** -hyper.b2
@@ -142,6 +154,14 @@ def update(params, grads, state: OptimizerState, hyper: Hyperparameters, specs):
     p, m, v = zip(*(leaf(*arrays) for arrays in zip(*trees, jax.tree.leaves(specs), strict=True)), strict=True)
     unflatten = jax.tree.structure(params).unflatten
     return unflatten(p), OptimizerState(state.count + 1, unflatten(m), unflatten(v))
+
+
+def layer_factor(spec: WeightSpec, layers: int, decay: float) -> np.ndarray | float:
+    """Compute the factor of a weight's learning rate; of a stacked one for each layer, to broadcast against it."""
+    if spec.stacked:
+        powers = np.arange(layers - 1, -1, -1).reshape(-1, *[1] * (len(spec.shape) - 1))
+        return np.float32(decay ** powers)
+    return decay ** layers if spec.name == 'embedding' else 1.0
 
 
 def global_norm(tree, specs) -> jax.Array:

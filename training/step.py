@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from data.batches import Batch
 from model import llama, loss
 from model.config import Compute, LlamaConfig
-from model.lora import Lora, adapted, base_partitions
+from model.lora import Lora, adapted, adapted_partitions, base_partitions
 from model.partition import BATCH
 from model.weights import Llama, partitions
 from training import optimizer
@@ -28,8 +28,9 @@ def batch_loss(params: Llama, batch: Batch, config: LlamaConfig, compute: Comput
     h_BPM = h_BTM
     if batch.loss_positions_BP is not None:
         h_BPM = jnp.take_along_axis(h_BTM, batch.loss_positions_BP[..., None], axis=1)
-    nll_BP, correct_BP = loss.token_cross_entropy(params, h_BPM, batch.targets_BP, compute)
-    return loss.row_mean_loss(nll_BP, correct_BP, batch.loss_mask_BP, batch.row_weight_B)
+    with jax.named_scope('loss'):
+        nll_BP, correct_BP = loss.token_cross_entropy(params, h_BPM, batch.targets_BP, compute)
+        return loss.row_mean_loss(nll_BP, correct_BP, batch.loss_mask_BP, batch.row_weight_B)
 
 
 def make_train_step(config: LlamaConfig, compute: Compute, hyper: optimizer.Hyperparameters, accumulate: int,
@@ -88,11 +89,11 @@ def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimiz
     return lax.cond(state.micro_step == accumulate - 1, last, not_last, None)
 
 
-def make_eval_step(config: LlamaConfig, compute: Compute, mesh: Mesh):
-    """Make the jitted `(params, Batch) -> dict(eval_loss, eval_accuracy)`."""
+def make_eval_step(config: LlamaConfig, compute: Compute, mesh: Mesh, lora: Lora | None = None):
+    """Make the jitted `(params, Batch) -> dict(eval_loss, eval_accuracy)`; with lora params are `adapted`."""
     def step(params, batch):
         mean_loss, accuracy = batch_loss(params, batch, config, compute)
         return dict(eval_loss=mean_loss, eval_accuracy=accuracy)
 
-    in_specs = (partitions(config), BATCH)
+    in_specs = (adapted_partitions(config, lora) if lora else partitions(config), BATCH)
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec()))
