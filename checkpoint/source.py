@@ -14,6 +14,7 @@ opened.
 """
 import difflib
 import functools
+import hashlib
 import logging
 from pathlib import Path
 
@@ -22,13 +23,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoint import native, shards
-from checkpoint.formats.reading import tensors_of
+from checkpoint.formats.reading import Bounds, tensors_of
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer, read_object, tokenizer_from_bytes, tokenizer_from_json
 from hosts import processes
 from mistake import Mistake
 from model.config import LlamaConfig, config_from_dict, config_to_dict
-from model.weights import Llama, WeightSpec, abstract_params, by_name, weight_specs
+from model.lora import abstract_base
+from model.quantized import Int8, is_quantized, rounded_columns
+from model.weights import Llama, WeightSpec, weight_specs
 
 EASYLM = ('params', 'trainstate', 'trainstate_params', 'flax_params')
 TYPES = ('hf', 'gguf', *EASYLM)
@@ -125,21 +128,15 @@ class Source:
             return read_step(reader)
         return self.native.number if self.native else 0
 
-    def load_params(self, config: LlamaConfig, mesh: Mesh) -> Llama:
-        """Load the weights: float32, on the shardings of `abstract_params(config, mesh)`.
+    def load_params(self, config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32') -> Llama:
+        """Load the weights on the shardings of `abstract_base(config, mesh, dtype)`: float32, or what adapters train
+        beside, as 'bf16' or 'int8' (a layer's matrix at a time; the device never has it in float32).
 
         Raises Mistake for a checkpoint of another shape than `config`.
         """
-        targets = abstract_params(config, mesh)
-        if self.native:
-            self._refuse_misfit(_other_heads(self.config, config))
-            leaves = self.native.restore(by_name(targets, config, 'params')).values()
-        else:
-            reader, specs = self.reader(config), jax.tree.leaves(weight_specs(config))
-            leaves = [_assemble(reader, spec, target) for spec, target in
-                      zip(specs, jax.tree.leaves(targets), strict=True)]
-            del reader, self._reader  # a flax_params file is in memory as a whole: not through the training
-        return jax.tree.unflatten(jax.tree.structure(targets), leaves)
+        params = assemble(self.reader(config), config, mesh, dtype)
+        del self._reader  # a flax_params file is in memory as a whole: not through the training
+        return params
 
     def load_train_state(self, config: LlamaConfig, targets: dict[str, jax.ShapeDtypeStruct],
                          parameter_scale: bool) -> dict[str, jax.Array]:
@@ -168,6 +165,22 @@ class Source:
                 arrays[name] = _assemble(readers[what], specs[weight], target)
         del self._reader
         return arrays
+
+    def fingerprint(self, config: LlamaConfig) -> str:
+        """Hash what tells these weights from others, whatever the format: sha256 as hex digits.
+
+        Of every layer's tensors, the embedding and the head: their names, shapes, and a corner of their values as
+        float32, 16 rows of a head's width (a norm as a whole).  So a copy in another format is the same base, one that
+        was rounded another.  Little is read.  Raises Mistake for another shape than `config`.
+        """
+        reader, digest = self.reader(config), hashlib.sha256()
+        for spec, layer in tensors_of(config):
+            shape = spec.shape[spec.stacked:]
+            corner = tuple((0, min(size, most)) for size, most in zip(shape, (16, config.head_dim), strict=True)
+                           ) if len(shape) == 2 else ((0, *shape),)
+            digest.update(f'{spec.name} {layer} {shape}'.encode())
+            digest.update(np.ascontiguousarray(reader.tensor(spec.name, layer, corner), '<f4').tobytes())
+        return digest.hexdigest()
 
     def reader(self, config: LlamaConfig):
         """Return the reader of any checkpoint, ours too: (name, layer) -> tensor, once all shapes are `config`'s.
@@ -234,8 +247,8 @@ class _NativeReader:
     def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
         return self._shapes.get(self.source(name, layer))
 
-    def tensor(self, name: str, layer: int | None) -> np.ndarray:
-        return self._step.read(f'params.{name}', layer)
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        return self._step.read(f'params.{name}', layer, bounds)
 
 
 # ---------------------------------------------------------------- what a native checkpoint says beside its arrays
@@ -269,14 +282,20 @@ def read_run(path: str) -> tuple[dict, dict]:
 # ---------------------------------------------------------------- weights
 
 
-def host_bytes(config: LlamaConfig, mesh: Mesh) -> int:
+def host_bytes(config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32') -> int:
     """Return the most bytes that each process needs on its host, beside its devices' memory, to load the weights.
 
-    `mesh` may be one of a described topology.  The rule: shards.SLICES times the largest thing that is read at a time.
+    `mesh` may be one of a described topology.  The rule: shards.SLICES times the largest thing that is read at a time,
+    as float32; as int8 that is of a layer's matrix whole columns, since one factor belongs to each, and the matrix as
+    int8 beside it.
     """
-    targets = jax.tree.leaves(abstract_params(config, mesh))
-    return shards.SLICES * max(shards.slice_bytes(target, spec.stacked) for spec, target in
-                               zip(jax.tree.leaves(weight_specs(config)), targets, strict=True))
+    def needed(spec: WeightSpec, target: jax.ShapeDtypeStruct | Int8) -> int:
+        if is_quantized(target):
+            rows, columns = spec.shape[1], target.values.sharding.shard_shape(spec.shape)[2]
+            return shards.SLICES * 4 * rows * columns + spec.size // spec.shape[0]
+        return shards.SLICES * 4 * shards.slice_bytes(target, spec.stacked) // target.dtype.itemsize
+
+    return max(jax.tree.leaves(jax.tree.map(needed, weight_specs(config), abstract_base(config, mesh, dtype))))
 
 
 def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
@@ -286,11 +305,35 @@ def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
             if getattr(stored, field) != getattr(config, field)]
 
 
-def _assemble(reader, spec: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
+def assemble(reader, config: LlamaConfig, mesh: Mesh, dtype: str) -> Llama:
+    """Read all weights, each slice as its devices take it; `dtype` as load_params has it."""
+    return jax.tree.map(functools.partial(_assemble, reader), weight_specs(config), abstract_base(config, mesh, dtype))
+
+
+def _assemble(reader, spec: WeightSpec, target: jax.ShapeDtypeStruct | Int8) -> jax.Array | Int8:
     """Read one weight, no slice of its tensors twice."""
+    if is_quantized(target):
+        return _quantized(reader, spec, target)
     if spec.stacked:
         return shards.fill_stack(target, functools.partial(reader.tensor, spec.name))
     return shards.fill(target, functools.partial(reader.tensor, spec.name, None))
+
+
+def _quantized(reader, spec: WeightSpec, target: Int8) -> Int8:
+    """Read one stack of matrices, and round whole columns of a layer on the host as quantized.quantize does."""
+    columns = {bounds[2] for bounds in shards.shard_indices(target.shape, target.values.sharding)}
+    factors = {}
+
+    @functools.lru_cache(len(columns))  # devices that hold other rows of these columns come next
+    def whole(layer: int, start: int, stop: int) -> np.ndarray:
+        w = reader.tensor(spec.name, layer, ((0, spec.shape[1]), (start, stop)))
+        factors[layer, (start, stop)], values = rounded_columns(w)
+        return values
+
+    values = shards.fill_stack(
+        target.values, lambda layer, bounds: whole(layer, *bounds[1])[slice(*bounds[0])], by_layer=True)
+    return Int8(values, shards.fill(target.factors, lambda bounds: np.stack(
+        [factors[layer, bounds[1]] for layer in range(*bounds[0])])), target.weight_only)
 
 
 # ---------------------------------------------------------------- specs
