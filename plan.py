@@ -61,7 +61,8 @@ def main(config) -> None:
     best = choose(plans)
     if best is None:
         raise Mistake(f'no mesh of {config.topology} fits: try --llama.remat_block=nothing_saveable, a smaller '
-                      '--batch_size with --optimizer.accumulate_gradient_steps, or a larger slice')
+                      '--batch_size with --optimizer.accumulate_gradient_steps, adapters beside a frozen base '
+                      '(--lora.rank=16 --lora.base_dtype=int8), or a larger slice')
     mesh = make_mesh(best.mesh_dim, devices)
     print(f'a host ({len(host_devices(mesh))} chips) needs {gib(host_needs(sizes, mesh))} GiB for loading and saving, '
           f'besides the process itself\nchosen: {best.mesh_dim}\n  {command(config, best)}', flush=True)
@@ -75,7 +76,8 @@ def plan_mesh(config, sizes: LlamaConfig, compute: Compute, mesh_dim: str, mesh:
         if config.serve:
             return plan_decoding(sizes, compute, mesh, mesh_dim, config.seq_length, batch_size, chip, usable)
         setting = Setting(sizes, compute, hyperparameters(config.optimizer),
-                          config.optimizer.accumulate_gradient_steps, mesh, mesh_dim)
+                          config.optimizer.accumulate_gradient_steps, mesh, mesh_dim,
+                          settings.read_lora(config, compute))
         batch = abstract_batch(mesh, batch_size, config.seq_length, segments=config.segments)
         return plan_train(setting, batch, chip, usable, lambda name: kernel_times(setting, batch, chip)[
             'backward' if 'flash_backward' in name else 'forward'])

@@ -14,6 +14,7 @@ from instruments.planning.out_of_memory import out_of_memory, usable_hbm
 from instruments.planning.units import gib
 from instruments.tpu import chips
 from mistake import Mistake
+from model.weights import Llama
 from training.state import abstract_batch
 
 
@@ -24,12 +25,16 @@ class CompiledStep:
     wait_for_all: called between compiling a program and running it.  Of several processes one may find the program
     compiled already, and collectives between CPUs wait for half a minute only.
     batch_size_flag: the flag of train.py that says how many rows a batch has, named by the remedy for lack of memory.
+    frozen: the base beside which the setting's adapters train; the step's third argument.
     Raises Mistake, naming a plan that fits if one is found, where a program does not fit the devices.
     """
 
     def __init__(self, setting: Setting, describe: Callable[[str], None],
                  wait_for_all: Callable[[], object] = lambda: None,
-                 batch_size_flag: str = 'train_dataset.json_dataset.batch_size'):
+                 batch_size_flag: str = 'train_dataset.json_dataset.batch_size', frozen: Llama | None = None):
+        if (frozen is None) != (setting.lora is None):
+            raise ValueError(f'{setting.lora=} and a frozen base go together')
+        self._frozen = () if frozen is None else (frozen,)
         self._setting, self._describe, self._wait_for_all = setting, describe, wait_for_all
         self._batch_size_flag, self.programs = batch_size_flag, {}
         self.compile_seconds = 0.0
@@ -37,11 +42,11 @@ class CompiledStep:
     def __call__(self, state, batch: Batch):
         shape = tuple(x.shape for x in jax.tree.leaves(batch))
         if shape in self.programs:
-            return self.programs[shape](state, batch)
+            return self.programs[shape](state, batch, *self._frozen)
         try:
             program = self.programs[shape] = self._compile(state, batch)
             self._wait_for_all()
-            return jax.block_until_ready(program(state, batch))  # so that memory runs out here or not at all
+            return jax.block_until_ready(program(state, batch, *self._frozen))  # memory runs out here or not at all
         except jax.errors.JaxRuntimeError as error:
             if out_of_memory(error) is None:
                 raise
@@ -111,6 +116,9 @@ def flags_of(other: Setting, rows: int, setting: Setting, batch: Batch, batch_si
                 for name in ('remat_block', 'remat_attention', 'remat_mlp')}
     changed |= {batch_size_flag: (rows, batch.tokens_BT.shape[0]),
                 'optimizer.accumulate_gradient_steps': (other.accumulate, setting.accumulate)}
+    changed |= {f'lora.{name}': (getattr(other.lora, name), getattr(setting.lora, name, None))
+                for name in ('rank', 'base_dtype') if other.lora}
     flags = ' '.join(f'--{name}={new}' for name, (new, old) in changed.items() if new != old)
     more = other.accumulate // setting.accumulate
-    return flags + (f' and {more} times the --total_steps' if more > 1 else '')
+    flags += f' and {more} times the --total_steps' if more > 1 else ''
+    return flags + (' (adapters alone train: LoRA)' if other.lora and not setting.lora else '')

@@ -4,6 +4,9 @@ Bytes are those of one device.  They come from three places:
 
   parameters, optimizer   what the shardings of training/state.py's abstract_state put on a device, exactly; optimizer
                           holds the moments, the mean gradient of an accumulation and the counters
+  base, adapters          with adapters (model/lora.py) in the place of parameters: the frozen weights in their dtype,
+                          and what trains beside them.  A run holds no more than the base, 16 bytes for each number of
+                          an adapter (itself, momentum, second moment, gradient), activations and a layer at work
   activations             what the forward pass keeps for the backward pass, from tracing the loss: the leaves of its
                           vector-Jacobian product that are no weights.  It follows the remat policy, whichever it is:
                           with nothing_saveable a layer keeps its input, [B, T/mp, M]; without a policy every product's
@@ -34,17 +37,19 @@ from instruments.tpu.chips import Chip
 from instruments.tpu.collectives import bytes_by_axis, collectives
 from instruments.tpu.estimate import Estimate, estimate
 from model.config import Compute, LlamaConfig
+from model.lora import Lora, abstract_base, adapted, base_partitions
 from model.partition import AXES, BATCH
-from model.weights import abstract_params, partitions
+from model.weights import Llama
 from training import step
 from training.optimizer import Hyperparameters
-from training.state import TrainState, abstract_state
+from training.state import TrainState, abstract_state, state_partitions
 
 
 class Setting(NamedTuple):
     """Hold what decides a step's program, all but the shape of its batch.
 
-    mesh_dim: as the user wrote it ('!1,4,2', 'dp:1,mp:2,fsdp:4'); '' stands for the mesh's sizes.
+    mesh_dim: as the user wrote it ('!1,4,2', 'dp:1,mp:2,fsdp:4'); '' stands for the mesh's sizes.  lora: the adapters
+    that train, None where all weights do.
     """
 
     config: LlamaConfig
@@ -53,18 +58,26 @@ class Setting(NamedTuple):
     accumulate: int
     mesh: Mesh
     mesh_dim: str = ''
+    lora: Lora | None = None
 
     @property
     def spelling(self) -> str:
         """Write the --mesh_dim that makes this mesh."""
         return self.mesh_dim or mesh_dim_of(self.mesh)
 
+    def state(self) -> TrainState:
+        """Build the state's tree of ShapeDtypeStructs."""
+        return abstract_state(self.config, self.hyper, self.accumulate, self.mesh, self.lora)
+
+    def base(self) -> tuple[Llama, ...]:
+        """Build what the step takes after state and batch: the frozen base's ShapeDtypeStructs, or nothing."""
+        return (abstract_base(self.config, self.mesh, self.lora.base_dtype),) if self.lora else ()
+
     def lower(self, batch: Batch, state: TrainState | None = None) -> jax.stages.Lowered:
         """Lower the step for arrays or ShapeDtypeStructs; works for a real or a described TPU."""
-        state = state or abstract_state(self.config, self.hyper, self.accumulate, self.mesh)
-        jitted = step.make_train_step(self.config, self.compute, self.hyper, self.accumulate, self.mesh)
+        jitted = step.make_train_step(self.config, self.compute, self.hyper, self.accumulate, self.mesh, self.lora)
         with jax.set_mesh(self.mesh):  # tells Pallas which chip it lowers for
-            return jitted.lower(state, batch)
+            return jitted.lower(state or self.state(), batch, *self.base())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +153,14 @@ def plan_train(setting: Setting, batch: Batch, chip: Chip | None, usable: int | 
 
 def uncompiled(setting: Setting, batch: Batch, usable: int | None) -> MeshPlan:
     """Say what is known without compiling; the plan does not fit when the state alone is too large."""
-    state = abstract_state(setting.config, setting.hyper, setting.accumulate, setting.mesh)
-    parameters = device_bytes(state.params)
-    parts = dict(parameters=parameters, optimizer=device_bytes(state) - parameters,
-                 activations=kept_bytes(setting, batch))
+    state, base = setting.state(), setting.base()
+    trained, held = device_bytes(state.params), device_bytes((state, base))
+    weights = dict(base=device_bytes(base), adapters=trained) if setting.lora else dict(parameters=trained)
+    parts = weights | dict(optimizer=device_bytes(state) - trained, activations=kept_bytes(setting, batch))
     plan = MeshPlan(setting.spelling, *batch.tokens_BT.shape, setting.accumulate, setting.compute.remat_block,
                     parts, batch.tokens_BT.size, fits=True, usable=usable)
-    if usable is not None and device_bytes(state) > usable:
-        return dataclasses.replace(plan, fits=False, needed=device_bytes(state),
+    if usable is not None and held > usable:
+        return dataclasses.replace(plan, fits=False, needed=held,
                                    reason='parameters and optimizer state alone do not fit')
     return plan
 
@@ -196,18 +209,23 @@ def device_bytes(tree) -> int:
 
 def kept_bytes(setting: Setting, batch: Batch) -> int:
     """Count the bytes that one device keeps between forward and backward pass, weights aside."""
-    kept = 0
+    kept, lora = 0, setting.lora
 
-    def forward(params, batch):
+    def forward(state, batch, *base):
         nonlocal kept
-        loss = lambda params: step.batch_loss(params, batch, setting.config, setting.compute)
-        _, pull_back, _ = jax.vjp(loss, params, has_aux=True)
-        weights = {id(x) for x in jax.tree.leaves(params)}
+
+        def loss(trained):
+            params = adapted(*base, trained, lora, step.dropout_key(state, lora)) if lora else trained
+            return step.batch_loss(params, batch, setting.config, setting.compute)
+
+        _, pull_back, _ = jax.vjp(loss, state.params, has_aux=True)
+        weights = {id(x) for x in jax.tree.leaves((state.params, base))}
         kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull_back) if id(x) not in weights)
         return ()
 
     with jax.set_mesh(setting.mesh):
-        specs = partitions(setting.config), BATCH
+        specs = (state_partitions(setting.config, setting.accumulate, lora), BATCH,
+                 *([base_partitions(setting.config, lora.base_dtype)] if lora else []))
         jax.eval_shape(jax.shard_map(forward, mesh=setting.mesh, in_specs=specs, out_specs=()),
-                       abstract_params(setting.config, setting.mesh), batch)
+                       setting.state(), batch, *setting.base())
     return kept

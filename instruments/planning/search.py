@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from instruments.planning.one_mesh import MeshPlan, Setting, mesh_dim_of
 from model.config import LlamaConfig
-from model.partition import AXES, check_rows, factorizations, make_mesh, rows_unit
+from model.lora import Lora
+from model.partition import AXES, DTYPES, check_rows, factorizations, make_mesh, rows_unit
 from model.weights import check_divisible
 
 LEAST_MEMORY = 'nothing_saveable'
@@ -45,8 +47,28 @@ def alternatives(setting: Setting, batch_size: int) -> Iterator[tuple[Setting, i
     """Yield (setting, batch size) of runs that need less memory for the same optimizer steps, nearest first.
 
     The same mesh keeping less for the backward pass; other meshes, as they are and keeping less; smaller batches with
-    more accumulation.
+    more accumulation.  After these all the same again for adapters beside a frozen base, of bfloat16 and then of int8.
     """
+    for own in (setting, *with_lighter_base(setting)):
+        for other, rows in of_less_memory(own, batch_size):
+            if (other, rows) != (setting, batch_size):
+                yield other, rows
+
+
+def with_lighter_base(setting: Setting) -> list[Setting]:
+    """List the settings of adapters whose base takes fewer bytes than the weights of `setting`: of the adapters that it
+    has, or of rank 16.
+    """
+    size = lambda dtype: 1 if dtype == 'int8' else jnp.dtype(DTYPES[dtype]).itemsize
+    config = setting.config
+    rank = min(16, config.num_key_value_heads * config.head_dim)  # no adapter has a higher one than its matrix
+    lora = setting.lora or Lora(rank, alpha=2.0 * rank)
+    return [setting._replace(lora=dataclasses.replace(lora, base_dtype=dtype)) for dtype in ('bf16', 'int8')
+            if size(dtype) < size(lora.base_dtype)]
+
+
+def of_less_memory(setting: Setting, batch_size: int) -> Iterator[tuple[Setting, int]]:
+    """Yield (setting, batch size) as it is, then on other meshes, keeping less, and with smaller batches."""
     less = dataclasses.replace(setting.compute, remat_block=LEAST_MEMORY, remat_attention='', remat_mlp='')
     devices = sorted(setting.mesh.devices.flat, key=lambda device: device.id)
     here = mesh_dim_of(setting.mesh)
@@ -62,7 +84,7 @@ def alternatives(setting: Setting, batch_size: int) -> Iterator[tuple[Setting, i
         for compute in computes if part == 1 else [less]:
             for mesh_dim, mesh in meshes.items():
                 other = setting._replace(compute=compute, accumulate=accumulate, mesh=mesh, mesh_dim=mesh_dim)
-                if rows % rows_unit(mesh) == 0 and (other, rows) != (setting, batch_size):
+                if rows % rows_unit(mesh) == 0:
                     yield other, rows
 
 

@@ -39,7 +39,10 @@ def row(cells: tuple[str, ...], first: int = WIDTHS[0]) -> str:
 def cells(plan: MeshPlan) -> tuple[str, ...]:
     """Write a plan's cells under HEADER; '-' stands for what nobody knows."""
     size = lambda value: '-' if value is None else gib(value)
-    parts = [*plan.parts.values(), None, None][:3]
+    parts = [*plan.parts.values(), None, None]
+    if 'base' in plan.parts:
+        parts[:2] = [parts[0] + parts[1]]
+    parts = parts[:3]
     times = ('-',) * 4
     if plan.estimate:
         times = (short(plan.estimate.flops / 1e12), f'{plan.seconds * 1e3:,.1f}', plan.estimate.binds,
