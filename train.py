@@ -131,6 +131,8 @@ def main(flags) -> None:
                              every)
     step = CompiledStep(Setting(model.config, model.compute, hyper, accumulate, model.mesh, load.mesh_dim, lora),
                         tqdm.write, wait_for_all, f'{dataset.flag}.batch_size', frozen=base)
+    if profile:  # a program from the cache would have the names that the code had when it was compiled
+        jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
     trace = Trace(run.output_dir / 'profile', profile, tqdm.write) if profile and processes.index() == 0 else None
     state, done = loop.train(state, batches, step, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
                              weights_of=lambda state: adapted(base, state.params, lora) if lora else state.params,
