@@ -26,6 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from checkpoint import Source
+from checkpoint.adapter import describe_adapter
 from data.labelled import Example, Labels, parse_labels, read_labelled, read_prepared
 from data.parts import sample
 from data.prompt import PromptTemplate
@@ -82,11 +83,13 @@ def main(config) -> None:
     result = {'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
               'flags': json.loads(config.to_json()),
               'data': [{'file': str(file), 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()} for file in files],
+              'adapter': describe_adapter(source) if source and source.adapter else None,
               'template': template.to_dict(), 'versions': versions(), **result}
     output.mkdir(parents=True, exist_ok=True)
     (output / 'evaluation.json').write_text(
         json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
-    named = [config.url or config.load_checkpoint, Path(config.input).name, config.split, result['date'][:10]]
+    named = [config.url or config.load_checkpoint, config.adapter, Path(config.input).name, config.split,
+             result['date'][:10]]
     accuracy.draw_confusion(result['results'], output / 'confusion_matrix.png', ' · '.join(filter(None, named)))
     print(f'wrote {output}/evaluation.json and {output}/confusion_matrix.png')
     if config.calibrate:
@@ -107,6 +110,9 @@ def output_directory(config) -> Path:
     """Where to write; also refuses flags that cannot go together, before any work."""
     if bool(config.url) == bool(config.load_checkpoint):
         raise Mistake(f'url={config.url!r} and load_checkpoint={config.load_checkpoint!r}: name exactly one of them')
+    if config.url and config.adapter:
+        raise Mistake(f'adapter={config.adapter!r} has no effect on the server of url={config.url!r}: start serve.py '
+                      'with it')
     output = Path(config.output_dir or f'runs/evaluation-{datetime.datetime.now():%Y%m%d-%H%M%S}')
     if config.calibrate and (config.url or config.method == 'generate'):
         raise Mistake(f'{config.calibrate=} needs log-likelihoods and a checkpoint to keep the temperature in: use '
@@ -183,7 +189,8 @@ def open_engine(config, template: PromptTemplate, examples: list[Example], sourc
         worst = examples[lengths.index(max(lengths))].text
         raise Mistake(f'review {worst[:60]!r} has {max(lengths)} tokens, with {new} new ones more than the model\'s '
                          f'{most}: leave it out, or lower --sample_tokens')
-    print(f'{config.load_checkpoint}: {describe(model)}')
+    beside = f' and adapter {config.adapter}' if config.adapter else ''
+    print(f'{config.load_checkpoint}{beside}: {describe(model)}')
     check_rows(config.batch_size, model.mesh, 'batch_size')
     texts = Texts(model.tokenizer, model.config, input_length=max(lengths), seq_length=max(lengths) + new,
                   add_bos_token=model.add_bos_token, template=template)

@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 import uvicorn
 
+from checkpoint.adapter import describe_adapter
 from data.prompt import PromptTemplate
 from evaluation.calibration import read_temperature
 from hosts import processes
@@ -115,7 +116,8 @@ def options_of(config) -> Options:
     """Take the flags of the HTTP side."""
     flags_of, names = config.lm_server, {field.name for field in dataclasses.fields(Options)}
     taken = {name: value for name, value in flags_of.items() if name in names}
-    taken['model_name'] = flags_of.model_name or Path(config.load_checkpoint.rpartition('::')[2]).name or 'model'
+    weights = config.adapter or config.load_checkpoint.rpartition('::')[2]
+    taken['model_name'] = flags_of.model_name or Path(weights).name or 'model'
     drawing = {name: config[name] for name in ('top_k', 'top_p', 'do_sample', 'num_beams')}
     return Options(**taken, **drawing, key_digest=read_key(flags_of.api_key_file))
 
@@ -151,7 +153,8 @@ def chat_of(lm_server, model: Model, options: Options) -> ChatTemplate | None:
 def info_of(model: Model) -> dict:
     """What /info tells of the model."""
     parameters = sum(spec.size for spec in jax.tree.leaves(weight_specs(model.config)))
-    return dict(parameters=parameters, dtype=model.compute.dtype, platform=jax.devices()[0].platform)
+    adapter = describe_adapter(model.source) if model.source and model.source.adapter else None
+    return dict(parameters=parameters, dtype=model.compute.dtype, platform=jax.devices()[0].platform, adapter=adapter)
 
 
 # ---------------------------------------------------------------- the address
@@ -260,7 +263,8 @@ def load_engine(config, model: Model) -> tuple[Engine, Texts]:
                          model.tokenizer, batch_size=server.batch_size, length=config.seq_length,
                          answer_tokens=texts.max_new_tokens, weight_dtype=server.weight_dtype,
                          cache_dtype=server.cache_dtype, seed=config.seed, prefix_reuse=server.prefix_reuse)
-    print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
+    beside = f' and adapter {config.adapter}' if config.adapter else ''
+    print(f'loaded {spec}{beside} in {time.monotonic() - started:.1f} s', flush=True)
     return engine, texts
 
 

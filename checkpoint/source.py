@@ -1,4 +1,4 @@
-"""Open `--load_checkpoint=TYPE::PATH` once: configuration, tokenizer, prompt template, weights.  Next: formats/.
+"""Open `--load_checkpoint=TYPE::PATH` once: configuration, tokenizer, prompt template, weights.  Next: adapter.py.
 
   bare PATH   our own checkpoint (native.py): a directory of steps (the newest is taken), or one step_N directory
   hf::        Hugging Face directory with safetensors (formats/huggingface.py)
@@ -38,19 +38,15 @@ TYPES = ('hf', 'gguf', *EASYLM)
 _log = logging.getLogger(__name__)
 
 
-def open(spec: str) -> 'Source':
-    """Open a checkpoint by its TYPE::PATH; of a run's directory the step that is now the newest, for good.
-
-    Raises Mistake for a spec that names nothing readable.  Several processes call it together and open the same step.
-    """
-    return Source(spec)
-
-
 class Source:
     """A checkpoint that was opened: everything is read when first asked for, once, and from the same step or file.
 
-    spec, kind ('native' or one of TYPES), path: as given.  native: the opened native.Step, None for foreign files.
+    Raises Mistake for a spec that names nothing readable.  Several processes open it together, at the same step.
+    adapter: None; adapter.py's AdaptedSource has one.  spec, kind ('native' or one of TYPES), path: as given.  native:
+    the opened native.Step, None for foreign files.
     """
+
+    adapter = None
 
     def __init__(self, spec: str):
         self.spec = spec
@@ -73,8 +69,7 @@ class Source:
     def tokenizer(self) -> Tokenizer | None:
         """Read the tokenizer that comes with the weights; None without one, Mistake for one that is not supported."""
         if self.kind == 'hf':
-            known = any((Path(self.path) / name).is_file() for name in ('tokenizer.json', 'tokenizer.model'))
-            return load_tokenizer(self.path) if known else None
+            return tokenizer_in(Path(self.path))
         if self.kind == 'gguf':
             return tokenizer_from_json(*self._reader.tokenizer_json(), source=self.path)
         stated = self._meta('tokenizer')
@@ -92,11 +87,7 @@ class Source:
         """Tell whether the weights were trained on texts that begin with bos; None if nothing says so."""
         if self.kind == 'gguf':
             return self._reader.add_bos_token
-        stated = Path(self.path) / 'tokenizer_config.json'
-        if self.kind == 'hf' and stated.is_file():
-            value = read_object(stated).get('add_bos_token')
-            return value if isinstance(value, bool) else None
-        return self._meta('add_bos_token')
+        return add_bos_token_in(Path(self.path)) if self.kind == 'hf' else self._meta('add_bos_token')
 
     @functools.cached_property
     def chat_template(self) -> str | None:
@@ -106,18 +97,7 @@ class Source:
         """
         if self.kind == 'gguf':
             return self._reader.chat_template
-        if self.kind != 'hf':
-            return None
-        own, stated = Path(self.path) / 'chat_template.jinja', Path(self.path) / 'tokenizer_config.json'
-        if own.is_file():
-            return own.read_text(encoding='utf-8')
-        found = read_object(stated).get('chat_template') if stated.is_file() else None
-        if isinstance(found, list):  # several, by name
-            found = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)
-                     }.get('default')
-        if not isinstance(found, str | None):
-            raise Mistake(f'{stated}: chat_template is neither text nor a list with one named default')
-        return found
+        return chat_template_in(Path(self.path)) if self.kind == 'hf' else None
 
     @functools.cached_property
     def step(self) -> int:
@@ -128,13 +108,15 @@ class Source:
             return read_step(reader)
         return self.native.number if self.native else 0
 
-    def load_params(self, config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32') -> Llama:
+    def load_params(self, config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32', reader=None) -> Llama:
         """Load the weights on the shardings of `abstract_base(config, mesh, dtype)`: float32, or what adapters train
         beside, as 'bf16' or 'int8' (a layer's matrix at a time; the device never has it in float32).
 
-        Raises Mistake for a checkpoint of another shape than `config`.
+        reader: what gives them instead of `self.reader(config)`.  Raises Mistake for a checkpoint of another shape than
+        `config`.
         """
-        params = assemble(self.reader(config), config, mesh, dtype)
+        read = functools.partial(_assemble, reader or self.reader(config))
+        params = jax.tree.map(read, weight_specs(config), abstract_base(config, mesh, dtype))
         del self._reader  # a flax_params file is in memory as a whole: not through the training
         return params
 
@@ -251,6 +233,35 @@ class _NativeReader:
         return self._step.read(f'params.{name}', layer, bounds)
 
 
+# ---------------------------------------------------------------- what a Hugging Face directory says beside its weights
+
+
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+    """Read the tokenizer of a directory; None without one."""
+    known = any((directory / name).is_file() for name in ('tokenizer.json', 'tokenizer.model'))
+    return load_tokenizer(directory) if known else None
+
+
+def add_bos_token_in(directory: Path) -> bool | None:
+    """Read what tokenizer_config.json says of bos; None where it says nothing."""
+    stated = directory / 'tokenizer_config.json'
+    value = read_object(stated).get('add_bos_token') if stated.is_file() else None
+    return value if isinstance(value, bool) else None
+
+
+def chat_template_in(directory: Path) -> str | None:
+    """Read the chat template; None without one, Mistake for one that is no text."""
+    own, stated = directory / 'chat_template.jinja', directory / 'tokenizer_config.json'
+    if own.is_file():
+        return own.read_text(encoding='utf-8')
+    found = read_object(stated).get('chat_template') if stated.is_file() else None
+    if isinstance(found, list):  # several, by name
+        found = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)}.get('default')
+    if not isinstance(found, str | None):
+        raise Mistake(f'{stated}: chat_template is neither text nor a list with one named default')
+    return found
+
+
 # ---------------------------------------------------------------- what a native checkpoint says beside its arrays
 
 
@@ -303,11 +314,6 @@ def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
     return [f'{field} got {getattr(stored, field)} want {getattr(config, field)}'
             for field in ('num_attention_heads', 'num_key_value_heads', 'head_dim')
             if getattr(stored, field) != getattr(config, field)]
-
-
-def assemble(reader, config: LlamaConfig, mesh: Mesh, dtype: str) -> Llama:
-    """Read all weights, each slice as its devices take it; `dtype` as load_params has it."""
-    return jax.tree.map(functools.partial(_assemble, reader), weight_specs(config), abstract_base(config, mesh, dtype))
 
 
 def _assemble(reader, spec: WeightSpec, target: jax.ShapeDtypeStruct | Int8) -> jax.Array | Int8:

@@ -52,8 +52,8 @@ class Flag(NamedTuple):
 
 # what --help begins with, in this order: of these names, those that a program has
 MOST_USED = (
-    'config', 'name', 'list', 'topology', 'load_checkpoint', 'url', 'input', 'split', 'text_field', 'label_field',
-    'labels', 'method', 'sample_size', 'format', 'train_dataset.type', 'train_dataset.json_dataset.path',
+    'config', 'name', 'list', 'topology', 'load_checkpoint', 'adapter', 'url', 'input', 'split', 'text_field',
+    'label_field', 'labels', 'method', 'sample_size', 'format', 'train_dataset.type', 'train_dataset.json_dataset.path',
     'train_dataset.text_processor.fields', 'train_dataset.json_dataset.batching',
     'train_dataset.json_dataset.seq_length', 'train_dataset.json_dataset.batch_size', 'total_steps', 'epochs',
     'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'evaluate_every',
@@ -63,8 +63,8 @@ MOST_USED = (
 )
 # heading of --help -> how the names of its flags begin; flags of no group come under `more`
 GROUPS = {
-    'the model': ('load_llama_config', 'update_llama_config', 'load_checkpoint', 'tokenizer.', 'mesh_dim', 'dtype',
-                  'attention', 'add_bos_token', 'llama.'),
+    'the model': ('load_llama_config', 'update_llama_config', 'load_checkpoint', 'adapter', 'tokenizer.', 'mesh_dim',
+                  'dtype', 'attention', 'add_bos_token', 'llama.'),
     'adapters': ('lora.',),
     'training data': ('train_dataset.', 'load_dataset_state'),
     'evaluation while training': ('eval_dataset.', 'eval_steps', 'evaluate', 'keep_best', 'patience'),
@@ -147,6 +147,8 @@ MODEL = (  # common to every program that runs the network
 )
 
 
+ADAPTER = Flag('adapter', '', 'adapter that is merged into the weights of --load_checkpoint: a run of train.py with '
+               "--lora.rank (or one step of it), or a directory of PEFT's", path='read')
 ADD_BOS_TOKEN = Flag('add_bos_token', None, 'begin each prompt with the bos token; not given: as the checkpoint was '
                      'trained, True where it does not say', kind=bool)
 
@@ -155,6 +157,7 @@ WEIGHT_DTYPE = ('how the weights are kept: fp32, bf16, or int8 with a factor for
 CACHE_DTYPE = 'how keys and values are kept: fp32, bf16, or int8 with a factor for each head; empty for that of --dtype'
 
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
+    ADAPTER,
     Flag('labels', '', 'names of the labels 0, 1, .., as prepare_data.py takes them; empty: those of the checkpoint, '
          'or of labels_NAME.json beside a prepared NAME.jsonl, else those in the data'),
     Flag('sample_size', 0, 'reviews to evaluate, drawn with `seed`, each label in proportion; 0 for all', least=0),
@@ -382,6 +385,7 @@ TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_da
 
 
 SERVE = MODEL + (
+    ADAPTER,
     Flag('initialize_jax_distributed', False, 'the same as jax_distributed.initialize_jax_distributed'),
     Flag('input_length', 1024, 'most tokens of a prompt, bos included; a longer one loses its beginning, and the '
          'answer says so', least=2),
@@ -462,8 +466,11 @@ PLAN = (
 
 CONVERT = tuple(flag for flag in MODEL if flag.name in ('load_llama_config', 'load_checkpoint', 'tokenizer.vocab_file')
                 ) + (
-    Flag('format', '', 'what to write: native (a checkpoint of ours), hf (Hugging Face directory with safetensors), or '
-         "easylm (EasyLM's streaming_params)", ('', 'native', 'hf', 'easylm')),
+    ADAPTER,
+    Flag('merge', False, 'write the weights of --load_checkpoint with --adapter merged in, instead of the adapter'),
+    Flag('format', '', 'what to write: native (a checkpoint of ours), hf (Hugging Face directory with safetensors), '
+         "easylm (EasyLM's streaming_params), or of an adapter peft (PEFT's directory)",
+         ('', 'native', 'hf', 'easylm', 'peft')),
     Flag('output', '', 'directory to write; it must not exist yet', path='write'),
     Flag('float_dtype', 'fp32', 'of the weights written; native is always fp32', ('fp32', 'bf16', 'fp16')),
     Flag('max_shard_size', '5GB', 'format=hf: largest size of one safetensors file, as a number with KB, MB or GB'),

@@ -33,9 +33,9 @@ REMAT = ('remat_block', 'remat_attention', 'remat_mlp')
 class Load:
     """What to load.
 
-    checkpoint: TYPE::PATH, '' for random weights.  llama_config: name or json::FILE, '' for the checkpoint's own sizes.
-    sizes: fields of LlamaConfig where neither says them; given: names of those that were set.  update: fields that are
-    changed afterwards.
+    checkpoint: TYPE::PATH, '' for random weights.  adapter: directory of one that is merged in, '' for none.
+    llama_config: name or json::FILE, '' for the checkpoint's own sizes.  sizes: fields of LlamaConfig where neither
+    says them; given: names of those that were set.  update: fields that are changed afterwards.
     """
 
     checkpoint: str
@@ -47,12 +47,13 @@ class Load:
     sizes: dict = field(default_factory=dict)
     given: tuple[str, ...] = ()
     update: dict = field(default_factory=dict)
+    adapter: str = ''
 
 
 def read_load(flags: ConfigDict) -> Load:
     """Read --load_checkpoint and the like; raises Mistake for flags that contradict each other."""
     load = Load(flags.load_checkpoint, flags.load_llama_config, flags.tokenizer.vocab_file, flags.mesh_dim, flags.seed,
-                flags.get('add_bos_token'))
+                flags.get('add_bos_token'), adapter=flags.get('adapter', ''))
     if 'llama' not in flags:
         return load
     ignored = {flag.name.removeprefix('llama.'): flag for flag in tables.LLAMA if flag.only}
