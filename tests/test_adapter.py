@@ -187,7 +187,8 @@ def test_evaluate_counts_the_same_with_an_adapter_and_with_merged_weights(golden
     config = easylm_config()
     path, _ = write_adapter(tmp_path / 'run', spec, config, Lora(4, 8.0),
                             tokenizer=load_tokenizer(golden / 'easylm/tokenizer.model'), scale=3.0)
-    merged_path = test_convert.run(spec, 'native', tmp_path / 'merged', adapter=path, merge=True, load_llama_config=sizes)
+    merged_path = test_convert.run(spec, 'native', tmp_path / 'merged', adapter=path, merge=True,
+                                   load_llama_config=sizes)
     reviews = tmp_path / 'reviews.jsonl'
     reviews.write_text(''.join(json.dumps(dict(text=text, label=i % 2)) + '\n' for i, text in
                                enumerate(('a warm film', 'a waste', 'falls apart', 'sparkles'))))

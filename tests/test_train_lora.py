@@ -32,7 +32,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(golden, tmp_path, capsys):
     assert len(a) == 4 * 6 + 2  # A and B of three matrices: params, momentum, second moment, mean gradient; counters
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert a['params.layers.w_q.b'].any()
-    assert ('adapters of rank 4 beside w_q,w_v,w_down, scale 2: 4,352 parameters train, 2.47% of the 176,448, which '
+    assert ('adapters of rank 4 beside w_q,w_v,w_down, scale 2: 3,840 parameters train, 2.18% of the 176,448, which '
             'stay as they are in bf16') in said
     checkpoint = f'params::{golden}/easylm/streaming_params_fp32'
     assert f'serve it: python serve.py --load_checkpoint={checkpoint} --adapter={tmp_path}/whole' in said
@@ -49,14 +49,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(golden, tmp_path, capsys):
 
 
 def test_evaluation_on_the_way_sees_the_adapters(golden, tmp_path):
-    """The loss on the training rows falls below that of the base, which a held-out loss without adapters would not."""
+    """The loss falls on rows of the training data, which that of the frozen base would not."""
     held_out = ['--eval_steps=2', '--eval_dataset.text_processor.fields=text', '--eval_dataset.type=json',
                 f'--eval_dataset.json_dataset.path={golden}/easylm/train_200.jsonl',
                 '--eval_dataset.json_dataset.seq_length=128']
     run(*easylm_flags(golden, tmp_path), *LORA, *held_out, '--total_steps=6', OPTIMIZER + 'lr=0.05')
     losses = [row['eval_loss'] for row in metrics(tmp_path)]
-    assert losses[-1] < losses[0] - 0.05
-    assert all(abs(row['eval_loss'] - row['loss']) < 0.5 for row in metrics(tmp_path))
+    assert losses[-1] < losses[0] - 1
 
 
 @pytest.mark.parametrize('wrong, says', [
