@@ -96,7 +96,7 @@ def write_native(output: Path, tensor, config: LlamaConfig, tokenizer: Tokenizer
             slices = map(lambda layer, name=spec.name: tensor(name, layer), [None])
         arrays[f'params.{spec.name}'] = native.Streamed(
             spec.shape, np.dtype(np.float32), 1 if spec.stacked else spec.shape[0], slices)
-    meta, files = describe(config, tokenizer, source.template, source.add_bos_token)
+    meta, files = describe(config, tokenizer, source.template, source.add_bos_token, source.chat_template)
     with appears_whole(output) as temporary:
         native.save(temporary, source.step, arrays, meta, files, keep=1)
 

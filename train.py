@@ -20,7 +20,7 @@ from instruments.planning.compiled import CompiledStep
 from instruments.planning.one_mesh import Setting
 from mistake import Mistake
 from program import flags, settings
-from program.data import continued, epoch_length, open_batches, read_template
+from program.data import chat_template_of, continued, epoch_length, open_batches, read_template
 from program.model import Model, describe, open_model
 from program.parse import run as run_program
 from program.settings import Dataset, Run
@@ -50,7 +50,7 @@ def main(flags) -> None:
     dataset, position = settings.read_dataset(flags, 'train_dataset'), None
     if run.load_dataset_state:
         dataset, position = continued(dataset, run.load_dataset_state)
-    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed)
+    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed, model.source)
     template = read_template(dataset) or model.template
     total_steps = run.total_steps or run.epochs * epoch_length(batches)
     evaluate = open_evaluation(run, settings.read_dataset(flags, 'eval_dataset'), model)
@@ -66,7 +66,8 @@ def main(flags) -> None:
     if resumed and 'optimizer.count' not in resumed.arrays:
         raise Mistake(f'{resumed.path} holds no optimizer state, so the run cannot be resumed: train with '
                       '--checkpointer.save_optimizer_state=True')
-    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps)
+    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps,
+                              chat_template_of(batches, model.source))
     print(f'{total_steps} steps of {batches.batch_size} rows up to {batches.seq_length} tokens\n'
           f'prompt template: {template}', flush=True)
     state = load_state(resumed, easylm_state, model, hyper, accumulate, run.seed)
@@ -126,7 +127,8 @@ def open_evaluation(run: Run, dataset: Dataset, model: Model) -> Callable[[Train
     """Open the first eval_steps batches of eval_dataset as training/evaluation.py wants them; None for 0."""
     if not run.eval_steps:
         return None
-    batches = list(islice(open_batches(dataset, model.tokenizer, model.mesh, run.seed), run.eval_steps))
+    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed, model.source)
+    batches = list(islice(batches, run.eval_steps))
     return evaluator(batches, model.config, model.compute, model.mesh, wait_for_all)
 
 
@@ -146,7 +148,8 @@ def load_state(resumed: native.Step | None, easylm_state: bool, model: Model, hy
 
 
 def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: Dataset,
-                      template: PromptTemplate | None, total_steps: int) -> Callable[[dict, int, dict], Path]:
+                      template: PromptTemplate | None, total_steps: int,
+                      chat_template: str | None = None) -> Callable[[dict, int, dict], Path]:
     """Make the function (arrays, steps done, position in the data) -> path that writes a checkpoint.
 
     What the format cannot hold is refused here, not at the end of the run.
@@ -157,7 +160,7 @@ def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: D
             print('WARNING: checkpointer.save_optimizer_state=False: the checkpoints of this run can be served, but it '
                   'cannot be resumed from them', flush=True)
         meta, files = describe_checkpoint(model.config, model.tokenizer, template,
-                                          dataset.text_processor['add_bos_token'])
+                                          dataset.text_processor['add_bos_token'], chat_template)
         return lambda arrays, done, position: native.save(
             run.output_dir, done, arrays, meta | dict(data=position, flags=values), files, keep=run.keep,
             keep_every=run.save_milestone_freq)

@@ -1,11 +1,12 @@
-"""Claims about serving/chat.py: templates as the models know them, and contents that stay contents."""
+"""Claims about data/chat.py and serving/chat.py: templates as the models know them, and contents that stay contents."""
 import json
 
 import pytest
 
+from data.chat import Message
 from data.tokenizer import load_tokenizer
 from serving.api import Options
-from serving.chat import Message, choose_template
+from serving.chat import choose_template
 
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
