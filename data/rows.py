@@ -122,7 +122,8 @@ class RowBatches:
     def restore(self, state: dict) -> None:
         """Continue after the batch whose `state()` this is.  Raise Mistake when records or settings differ."""
         check_state(state, ROWS_STATE, self.reader.flag)
-        check_source(state['source'], self._source, self.reader)
+        older = {'batching': 'rows', 'weights': None}  # what a state says by leaving it out
+        check_source(older | state['source'], older | self._source, self.reader)
         if state['batch'] > self.batches_per_epoch:
             raise Mistake(f'{self.reader.flag}: the saved data state has batch={state["batch"]} of '
                           f'{self.batches_per_epoch}; {DAMAGED}')

@@ -150,7 +150,7 @@ def count_labels(dataset: Dataset, template: PromptTemplate) -> dict[str, int]:
     """Count the records of each label, in the order of the labels; records without one are left out."""
     counts = Counter()
     for path, _ in _files(dataset):
-        for line in raw_lines(path):
+        for line in raw_lines(path) if pathlib.Path(path).is_file() else ():  # the reader refuses one that is not there
             example, _ = parse(line.text)
             if example is not None and (label := template.label_of(example)) is not None:
                 counts[label] += 1

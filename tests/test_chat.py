@@ -21,18 +21,21 @@ TALK = [Message('system', 'be kind'), Message('user', 'hi {{ 7 * 6 }}'), Message
 
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
-    """A byte-level tokenizer with the control tokens of ChatML and Llama 3, ids from 256 on."""
+    return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp('tokenizer')))
+
+
+def byte_tokenizer(folder):
+    """Write a byte-level tokenizer with the control tokens of ChatML and Llama 3, ids from 256 on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(CONTROL)
-    folder = tmp_path_factory.mktemp('tokenizer')
     inner.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps(
         {'bos_token': '<|begin_of_text|>', 'eos_token': '<|im_end|>'}))
-    return load_tokenizer(folder)
+    return folder
 
 
 def spelled(tokenizer, ids):
