@@ -51,6 +51,8 @@ def main(flags: ConfigDict) -> None:
             write_easylm(output, tensor, config, tokenizer, flags.float_dtype)
     if flags.format != 'native' and source.template:
         print(f'left out: the prompt template, for which {flags.format} has no place')
+    if flags.format != 'native' and source.chat_template:
+        print(f'left out: the chat template; write it beside the tokenizer of {output} if it shall chat')
     print(f'wrote {output}; use it with {usage(output, flags.format, tokenizer)}', flush=True)
 
 

@@ -179,7 +179,7 @@ def _ending(parts: Callable[..., Parts], tokenizer: Tokenizer) -> tuple[str, ...
 
 
 def read_messages(value) -> list[Message]:
-    """Read the messages of a record, up to the last one of the assistant.
+    """Read the messages of a record.
 
     Raises Mistake unless they are [{"role": one of ROLES, "content": text}, ..] and the assistant says something.
     """
@@ -193,10 +193,9 @@ def read_messages(value) -> list[Message]:
             raise Mistake(f'messages[{number}]: content must be text, this is {type(content).__name__}')
         if role == 'assistant' and not content.strip():
             raise Mistake(f'messages[{number}]: the content of the assistant is blank, so it has nothing to learn from')
-    turns = [number for number, message in enumerate(value) if message['role'] == 'assistant']
-    if not turns:
+    if not any(message['role'] == 'assistant' for message in value):
         raise Mistake('messages hold no turn of the assistant, so there is nothing to learn from')
-    return [Message(message['role'], message['content']) for message in value[:turns[-1] + 1]]
+    return [Message(message['role'], message['content']) for message in value]
 
 
 def encode_conversation(messages: list[Message], template: ChatTemplate,

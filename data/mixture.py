@@ -36,7 +36,7 @@ def split_path(path: str, flag: str) -> list[tuple[str, float]]:
 class Mixture:
     """Holds the readers of several files and their weights; `skipped_lines` counts those of all.
 
-    It stands for one reader where a reader's path, flag, processor and close are wanted.
+    It stands for one reader where a reader's path, flag and processor are wanted.
     """
 
     def __init__(self, path: str, readers: list[RecordReader], weights: list[float]):
@@ -46,11 +46,6 @@ class Mixture:
     @property
     def skipped_lines(self) -> int:
         return sum(reader.skipped_lines for reader in self.readers)
-
-    def close(self) -> None:
-        """End the tokenizer processes."""
-        for reader in self.readers:
-            reader.close()
 
 
 def quotas(sizes: list[int], weights: list[float]) -> list[int]:

@@ -48,7 +48,6 @@ class RowBatches:
         self._readers, self._mixed = (reader.readers, reader.weights) if mixed else ([reader], [1.0])
         self.counts = {'rows': 0, 'truncated': 0, 'dropped': 0, 'skipped_lines': 0}
         self._read(progress)
-        reader.close()
         self._rows = self._place_records()
         lengths = self._sums(len(tokens) - 1 for tokens in self.tokens)
         self._buckets = np.searchsorted(self.edges, lengths)  # of each row
@@ -146,6 +145,7 @@ class RowBatches:
                 self.tokens.append(np.array(record.tokens, np.int32))
                 self.positions.append(positions)
                 self.weights.append(record.weight)
+            reader.close()
             self.counts.update(rows=len(self.tokens), skipped_lines=self.reader.skipped_lines)
             if len(self.tokens) == (self._file_ends or [0])[-1]:
                 raise Mistake(f'{reader.path}: no usable record in it, {self.counts}; check '

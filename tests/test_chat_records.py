@@ -24,6 +24,12 @@ BLANKS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '\n' if m.role ==
           "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
+# begins an answer in the middle of a word
+WORD = ("{% for m in messages %}<s>{{ 'the fi' if m.role == 'assistant' }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>the fi{% endif %}")
+FILM = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'lm'}]
+
+
 @pytest.fixture(scope='module')
 def tokenizers(golden, tmp_path_factory):
     return {'bytes': load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp('tokenizer'))),
@@ -48,6 +54,7 @@ def turns_of(tokens, mask):
     ('bytes', LLAMA_3, TALK, ['yes</s><|eot_id|>', 'no<|eot_id|>']),
     ('bytes', 'chatml', ONE, ['\nno<|im_end|>']), ('bytes', BLANKS, ONE, ['\n\nno<|im_end|>']),
     ('sentencepiece', 'llama-2', TALK, ['yes</s></s>', 'no</s>']), ('sentencepiece', 'llama-2', ONE, ['no</s>']),
+    ('sentencepiece', WORD, FILM, ['lm</s>']),
 ])
 def test_loss_is_on_answers_and_their_end_and_the_server_asks_with_the_ids_before(tokenizers, kind, template, messages,
                                                                                   answers):
@@ -89,6 +96,17 @@ def test_loss_of_prompt_and_completion_is_on_the_completion(tokenizers, kind):
     assert tokens[1:-1] == tokenizer.encode(prompt + completion) and tokens[-1] == tokenizer.eos_token_id
     split = TextProcessor(tokenizer, add_bos_token=False, add_eos_token=False)({'prompt': 'the fi', 'completion': 'lm'})
     assert split[0] == tokenizer.encode('the fi') + tokenizer.encode('lm')  # not the token that both would make
+
+
+def test_tokens_that_would_join_an_answer_and_its_prompt_are_parted_there(tokenizers):
+    """'the fi' and 'lm', not the tokens of 'the film'; where a later prompt joins them, that is refused."""
+    tokenizer = tokenizers['sentencepiece']
+    processor = TextProcessor(tokenizer, chat_template=WORD)
+    tokens, _ = processor({'messages': FILM})
+    parted, joined = [*tokenizer.encode('the fi'), *tokenizer.encode('lm')], tokenizer.encode('the film')
+    assert tokens[-len(parted) - 1:-1] == parted != joined
+    with pytest.raises(ValueError, match=r'messages\[3\]: the tokenizer joins an earlier answer'):
+        processor({'messages': FILM + FILM})
 
 
 @pytest.mark.parametrize('template, record, says', [

@@ -164,15 +164,16 @@ def test_weights_stand_at_the_tokens_of_their_records(weighted):
         assert {tokens: weight for tokens, _, _, weight in examples(next(batches))} == {
             tokens: {weight} for tokens, weight in weight_of.items()}
     records = list(source().records())
-    batch = next(PackedStream(source(), seq_length=30, batch_size=2))
-    expected = [record.weight for record in records for _ in record.tokens][1:61]
-    np.testing.assert_allclose(batch.loss_weight_BP.ravel(), expected)
-    heavier = TextProcessor(TOKENIZER, weight_field='n')
+    stream = PackedStream(source(), seq_length=30, batch_size=2)
+    expected = 3 * [record.weight for record in records for _ in record.tokens]
+    for start in (0, 60, 120, 180):
+        np.testing.assert_allclose(next(stream).loss_weight_BP.ravel(), expected[start + 1:start + 61])
+    state, nameless = rows(source()).state(), TextProcessor(TOKENIZER, weight_field='n')
     weighted.write_text(weighted.read_text().replace('"w": 1.5', '"w": 2.5'))
-    with pytest.raises(ValueError, match='cannot continue .* rows_sha256'):
-        rows(source()).restore(rows(reader(weighted, fields='[prompt],completion')).state())
+    with pytest.raises(ValueError, match='cannot continue .*rows_sha256'):
+        rows(source()).restore(state)
     with pytest.raises(ValueError, match=r"data\.jsonl:1: weight_field='n' must hold a number"):
-        rows(RecordReader(weighted, heavier))
+        rows(RecordReader(weighted, nameless))
 
 
 # ---------------------------------------------------------------- several files
@@ -228,6 +229,16 @@ def test_an_epoch_draws_of_each_file_by_its_weight(kind):
         assert [file['drawn'] for file in source.state()['files']] == [epoch * small['epoch'], epoch * large['epoch']]
 
 
+def test_no_row_of_a_file_comes_again_before_all_have_come():
+    """Half of 260 rows an epoch: of the 200 rows every one comes in two epochs, 60 of them twice."""
+    source, seen = mixture(1, 1), Counter()
+    for _ in range(2 * source.batches_per_epoch):
+        before = source.batch if source.batch < source.batches_per_epoch else 0
+        next(source)
+        seen.update(row for row in source._plan[before] if row >= 60)
+    assert source.files[1]['epoch'] == 130 and sorted(Counter(seen.values()).items()) == [(1, 140), (2, 60)]
+
+
 def test_a_mixture_resumes_exactly():
     """From the JSON of the state after any batch, over the end of an epoch; other weights are refused."""
     source = mixture(3, 1, batch_size=32)
@@ -250,13 +261,14 @@ def test_a_mixture_resumes_exactly():
 # ---------------------------------------------------------------- labels: counts and weights
 
 
-def dataset(tmp_path, counts, *arguments, name='train', prepared=True):
+def dataset(tmp_path, counts, *arguments, name='train', prepared=True, keys=('text', 'prompt', 'answer')):
     """A labelled set as prepare_data.py leaves it, with so many records of each label, and the flags that read it."""
     template = dict(prefix='T: ', suffix='\nL:', answer_prefix=' ', labels=['No', 'Yes'])
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     records = [dict(text=f'T: film {n}\nL: {template["labels"][label]}', prompt=f'T: film {n}\nL:',
                     answer=f' {template["labels"][label]}') for n, label in enumerate(labels)]
-    (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    (tmp_path / f'{name}.jsonl').write_text(''.join(
+        json.dumps({key: record[key] for key in keys}) + '\n' for record in records))
     if prepared:
         (tmp_path / f'labels_{name}.json').write_text(json.dumps(dict(labels=labels, template=template)))
     given = ['train.py', '--train_dataset.type=json', '--train_dataset.json_dataset.batching=rows',
@@ -271,10 +283,11 @@ def opened(*arguments, **options):
 
 
 def test_the_balance_of_labels_is_printed_and_warned_of(tmp_path, capsys):
-    opened(tmp_path, (3, 5), '--train_dataset.text_processor.fields=text')
-    out = capsys.readouterr().out
-    assert 'train_dataset: 8 records with a label: No 3, Yes 5; the commonest, Yes, is 62.5%' in out
-    assert 'WARNING' not in out
+    for keys in (('text',), ('text', 'prompt', 'answer')):
+        opened(tmp_path, (3, 5), '--train_dataset.text_processor.fields=text', keys=keys)
+        out = capsys.readouterr().out
+        assert 'train_dataset: 8 records with a label: No 3, Yes 5; the commonest, Yes, is 62.5%' in out
+        assert 'WARNING' not in out
     opened(tmp_path, (19, 1))
     assert "WARNING: train_dataset: whoever always says 'No' is right in 95.0%" in capsys.readouterr().out
     opened(tmp_path, (3, 5), name='bare', prepared=False)
