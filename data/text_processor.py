@@ -79,7 +79,7 @@ class TextProcessor:
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self.fields, self.fields_from_example = fields, fields_from_example
         self.chat_template, self.weight_field = chat_template, weight_field
-        self._chat = find_template(chat_template, tokenizer, 'text_processor.chat_template') if chat_template else None
+        self.chat = find_template(chat_template, tokenizer, 'text_processor.chat_template') if chat_template else None
         self._labels = class_weights and PromptTemplate.from_dict(class_weights['template'])
         self._class_weights = class_weights and class_weights['weights']
         self.weighted = bool(weight_field or class_weights)
@@ -127,10 +127,10 @@ class TextProcessor:
             return self._completion(self.prepend_text + _text(example, 'prompt'), _text(example, 'completion'))
         if self.prepend_text:
             raise Mistake(f'prepend_text={self.prepend_text!r} does not go with messages: write a system message')
-        if self._chat is None:
+        if self.chat is None:
             raise Mistake('the record holds messages, and no chat template comes with the model: choose one with '
                           f'--train_dataset.text_processor.chat_template={"|".join(TABLE)}')
-        return encode_conversation(read_messages(example['messages']), self._chat, self.tokenizer)
+        return encode_conversation(read_messages(example['messages']), self.chat, self.tokenizer)
 
     def _completion(self, prompt: str, completion: str) -> tuple[list[int], list[float]]:
         if not completion.strip():

@@ -43,6 +43,8 @@ def open_batches(dataset: Dataset, tokenizer: Tokenizer, mesh: Mesh, seed: int,
         raise Mistake(f'{flag}.path={rows["path"]!r} names several files, and batching=stream reads one from its '
                       f'beginning to its end: add --{flag}.batching=packed or rows')
     processor = _open_processor(dataset, tokenizer, source)
+    if processor.chat is not None:
+        print(f'{dataset.name}: messages are written with the chat template {processor.chat.name}', flush=True)
     if dataset.type == 'json':
         readers = [RecordReader(path, processor, skip_bad_lines=rows['skip_bad_lines'], flag=flag,
                                 processes=rows['tokenizer_processes'], chunk_size=rows['tokenizer_parallel_chunk_size'],

@@ -409,7 +409,8 @@ SERVE = MODEL + (
          'must bring as the header Authorization: Bearer KEY', path='read'),
     Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
     Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
-    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), "
+    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's, or "
+         "the one that training used), "
          'chatml, llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else '
          'plain where one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
     Flag('lm_server.request_seconds', 0.0, 'longest time that an answer may take; 0 for no limit', least=0),

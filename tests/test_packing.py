@@ -146,6 +146,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows(weighted, mesh_dim, los
     np.testing.assert_allclose([packed_value, packed_accuracy], [value, accuracy], rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+    stretched = run(params, other._replace(positions_BT=3 * other.positions_BT))[0][0]
+    assert abs(stretched / value - 1) > 1e-4  # the network sees the positions, of which only differences matter
     if weight_field and loss_per == 'row':
         losses = []
         for b in range(8):
