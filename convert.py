@@ -58,6 +58,8 @@ def main(flags: ConfigDict) -> None:
             write_easylm(output, tensor, config, tokenizer, flags.float_dtype)
     if flags.format != 'native' and source.template:
         print(f'left out: the prompt template, for which {flags.format} has no place')
+    if flags.format != 'native' and source.chat_template:
+        print(f'left out: the chat template; write it beside the tokenizer of {output} if it shall chat')
     print(f'wrote {output}; use it with {usage(output, flags.format, tokenizer)}', flush=True)
 
 
@@ -125,7 +127,7 @@ def write_native(output: Path, tensor, config: LlamaConfig, tokenizer: Tokenizer
             slices = map(lambda layer, name=spec.name: tensor(name, layer), [None])
         arrays[f'params.{spec.name}'] = native.Streamed(
             spec.shape, np.dtype(np.float32), 1 if spec.stacked else spec.shape[0], slices)
-    meta, files = describe(config, tokenizer, source.template, source.add_bos_token)
+    meta, files = describe(config, tokenizer, source.template, source.add_bos_token, source.chat_template)
     with appears_whole(output) as temporary:
         native.save(temporary, source.step, arrays, meta, files, keep=1)
 

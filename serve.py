@@ -28,6 +28,7 @@ import jax
 import uvicorn
 
 from checkpoint.adapter import describe_adapter
+from data.chat import ChatTemplate
 from data.prompt import PromptTemplate
 from evaluation.calibration import read_temperature
 from hosts import processes
@@ -38,7 +39,7 @@ from model.weights import weight_specs
 from program import flags, parse, settings
 from program.model import Model, describe, open_model
 from serving.api import Options, make_app
-from serving.chat import ChatTemplate, choose_template
+from serving.chat import choose_template
 from serving.engine import Engine, make_engine
 from serving.followers import CallLine, follow
 from serving.guard import MAX_HEADER_BYTES, Protocol

@@ -31,7 +31,7 @@ from mistake import Mistake
 from model.lora import Lora, adapted, adapter_specs
 from model.weights import Llama, init_weights, weight_specs
 from program import flags, settings
-from program.data import continued, epoch_length, open_batches, read_template
+from program.data import chat_template_of, continued, epoch_length, open_batches, read_template
 from program.labelled import open_labelled
 from program.model import Model, describe, open_model
 from program.parse import run as run_program
@@ -68,7 +68,7 @@ def main(flags) -> None:
     dataset, position = settings.read_dataset(flags, 'train_dataset'), None
     if run.load_dataset_state:
         dataset, position = continued(dataset, run.load_dataset_state)
-    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed)
+    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed, model.source)
     template = read_template(dataset) or model.template
     epoch = functools.cache(lambda: epoch_length(batches, dataset))
     total_steps = run.total_steps or math.ceil(run.epochs * epoch())
@@ -98,7 +98,8 @@ def main(flags) -> None:
               '--patience')
         return
     adapter = identify(lora, model, resumed) if lora else None
-    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps, best, adapter)
+    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps,
+                              chat_template_of(batches, model.source), best, adapter)
     print(f'{total_steps} steps of {batches.batch_size} rows up to {batches.seq_length} tokens\n'
           f'prompt template: {template}', flush=True)
     base = model.load_params(run.seed, lora.base_dtype) if lora else None
@@ -177,7 +178,8 @@ def open_evaluation(run: Run, dataset: Dataset, model: Model, lora: Lora | None)
     """Open the first eval_steps batches of eval_dataset as training/evaluation.py wants them; None for 0."""
     if not run.eval_steps:
         return None
-    batches = list(islice(open_batches(dataset, model.tokenizer, model.mesh, run.seed), run.eval_steps))
+    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed, model.source)
+    batches = list(islice(batches, run.eval_steps))
     return evaluator(batches, model.config, model.compute, model.mesh, wait_for_all, lora)
 
 
@@ -293,7 +295,8 @@ def identify(lora: Lora, model: Model, resumed: native.Step | None) -> dict:
 
 def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: Dataset,
                       template: PromptTemplate | None, total_steps: int,
-                      best: Best | None = None, adapter: dict | None = None) -> Callable[[dict, int, dict], Path]:
+                      chat_template: str | None = None, best: Best | None = None,
+                      adapter: dict | None = None) -> Callable[[dict, int, dict], Path]:
     """Make the function (arrays, steps done, position in the data) -> path that writes a checkpoint.
 
     best: its mark goes into the manifest, and its step stays.  adapter: of `identify`, for the manifest.  What the
@@ -305,7 +308,7 @@ def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: D
             print('WARNING: checkpointer.save_optimizer_state=False: the checkpoints of this run can be served, but it '
                   'cannot be resumed from them', flush=True)
         meta, files = describe_checkpoint(model.config, model.tokenizer, template,
-                                          dataset.text_processor['add_bos_token'])
+                                          dataset.text_processor['add_bos_token'], chat_template)
         mark = lambda: dict(best=best.mark) if best else {}
         meta |= (adapter or {}) | dict(flags=values)
         return lambda arrays, done, position: native.save(

@@ -91,13 +91,14 @@ class Source:
 
     @functools.cached_property
     def chat_template(self) -> str | None:
-        """Return the chat template (Jinja) that comes with the tokenizer of hf:: and gguf::; None without one.
+        """Return the chat template (Jinja) that comes with the tokenizer of hf:: and gguf::, or the one that a native
+        checkpoint was trained with (Jinja, or a name of data/chat.py's table); None without one.
 
         Raises Mistake for one that is no text.
         """
         if self.kind == 'gguf':
             return self._reader.chat_template
-        return chat_template_in(Path(self.path)) if self.kind == 'hf' else None
+        return chat_template_in(Path(self.path)) if self.kind == 'hf' else self._meta('chat_template')
 
     @functools.cached_property
     def step(self) -> int:
@@ -266,10 +267,10 @@ def chat_template_in(directory: Path) -> str | None:
 
 
 def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptTemplate | None,
-             add_bos_token: bool | None = None) -> tuple[dict, dict]:
+             add_bos_token: bool | None = None, chat_template: str | None = None) -> tuple[dict, dict]:
     """Return (meta, files) for native.save, such that a Source gives them back."""
     meta = dict(model=config_to_dict(config), template=template.to_dict() if template else None, tokenizer=None,
-                add_bos_token=add_bos_token)
+                add_bos_token=add_bos_token, chat_template=chat_template)
     if tokenizer is None:
         return meta, {}
     meta['tokenizer'] = dict(file_name=tokenizer.file_name, fingerprint=tokenizer.fingerprint,

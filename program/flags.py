@@ -185,24 +185,37 @@ def _dataset(name: str) -> tuple[Flag, ...]:
     ours = lambda group: (
         Flag(group + 'skip_bad_lines', False, 'skip and count bad records, instead of refusing the first'),
         Flag(group + 'batching', 'stream', 'stream: one endless stream of tokens cut into rows, examples straddling '
-             'them (EasyLM); rows: one example a row, rows of like length together, shuffled each epoch',
-             ('stream', 'rows')),
-        Flag(group + 'too_long', 'error', 'batching=rows: what to do with an example longer than seq_length',
+             'them (EasyLM); rows: one example a row, rows of like length together, shuffled each epoch; packed: as '
+             'many whole examples in a row of seq_length as fit, which do not see each other',
+             ('stream', 'rows', 'packed')),
+        Flag(group + 'too_long', 'error', 'batching=rows and packed: what to do with an example longer than seq_length',
              ('error', 'truncate', 'drop')),
+        Flag(group + 'loss_per', 'row', "row: the mean over examples (of a stream: over rows) of each one's mean over "
+             'its tokens with loss; token: the mean over all tokens with loss of a batch', ('row', 'token')),
+        Flag(group + 'weight_field', '', "key of a record's weight, a number from 0 on by which its part of the loss "
+             'is multiplied; the mean is not divided by the weights'),
     )
     return (
         Flag(f'{name}.type', 'huggingface', 'kind of data set: a file of JSON lines (json_dataset), or one that the '
              'package `datasets` loads (huggingface_dataset)', ('huggingface', 'json')),
         Flag(text + 'fields', '', "what of a record becomes tokens: '[prompt],answer': `,` separates fields tokenized "
              'alone, `+` joins keys, '
-             '[..] carries no loss, <|bos|> <|eos|> <|123|> are tokens, {key} holds base64 tokens'),
+             '[..] carries no loss, <|bos|> <|eos|> <|123|> are tokens, {key} holds base64 tokens; empty: by the keys '
+             'of each record, "messages" (a chat, loss on what the assistant says) or "prompt" and "completion"'),
         Flag(text + 'fields_from_example', '', 'key of the record that holds its own `fields`'),
         Flag(text + 'subfield_separator', ' ', 'between keys joined by +'),
         Flag(text + 'prepend_text', '', 'put before the first field'),
         Flag(text + 'add_bos_token', True, 'begin each example with the bos token (no loss on it)'),
         Flag(text + 'add_eos_token', True, 'end each example with the eos token (loss on it)'),
         Flag(text + 'base64_token_dtype', 'i4', 'numpy dtype of {key} fields'),
-        Flag(rows + 'path', '', 'JSON lines, one record a line', path='asset'),
+        Flag(text + 'chat_template', '', "how messages are written: own (the tokenizer's), chatml, llama-3, llama-2; "
+             'empty: own where there is one; none refuses them. The checkpoint keeps it, and serve.py takes it',
+             ('', 'own', 'chatml', 'llama-3', 'llama-2', 'none')),
+        Flag(f'{name}.class_weights', '', 'factors of the loss of labelled records, by the label of their answer: '
+             "balanced (so that each label counts as much: records / labels / records of the label), or Positive=2,"
+             'Negative=1, a label that is not named 1; needs labels_NAME.json beside the file'),
+        Flag(rows + 'path', '', 'JSON lines, one record a line; or several files with weights, a.jsonl:0.7,'
+             'b.jsonl:0.3, by which an epoch draws rows of each (batching=rows and packed)', path='asset'),
         Flag(rows + 'seq_length', 1024, 'tokens in a row of the batch; the longest row where batching=rows', least=1),
         Flag(rows + 'batch_size', 8, 'rows in a batch, over all devices', least=1),
         Flag(rows + 'always_start_with_bos', False, 'overwrite the first token of each packed row with bos'),
@@ -234,7 +247,8 @@ def _dataset(name: str) -> tuple[Flag, ...]:
 
 def _as_train_dataset(table: tuple[Flag, ...]) -> tuple[Flag, ...]:
     """Let flags of eval_dataset that are not given be train_dataset's, but for those that say what is read."""
-    own = ('.json_dataset.path', '.split', '.start_seek_loc', '.example_index_at_start', '.tokens_count_at_start')
+    own = ('.json_dataset.path', '.split', '.start_seek_loc', '.example_index_at_start', '.tokens_count_at_start',
+           '.weight_field', '.class_weights')
     return tuple(flag if flag.only or flag.name.endswith(own) else
                  flag._replace(default=None, kind=flag.type, help=f'{flag.help}; not given: as train_dataset has it')
                  for flag in table)
@@ -331,6 +345,8 @@ TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_da
     Flag('resume', False, 'continue the run in logger.output_dir (saved with its optimizer state); without one, begin'),
     Flag('reduce_gradients', '', 'dtype in which gradients are summed between devices; empty: that of --dtype',
          ('', 'fp32', 'bf16')),
+    Flag('label_smoothing', 0.0, 'part of each target that is spread over the whole vocabulary; not where eval_dataset '
+         'is measured', least=0, below=1),
     Flag('optimizer.type', 'adamw', 'the optimizer', ('adamw', 'palm')),
     Flag('optimizer.accumulate_gradient_steps', 1, 'micro-steps whose mean gradient makes one optimizer step', least=1),
     Flag('optimizer.adamw_optimizer.init_lr', 0.0, 'learning rate at step 0 of the warmup', least=0),
@@ -426,7 +442,8 @@ SERVE = MODEL + (
          'must bring as the header Authorization: Bearer KEY', path='read'),
     Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
     Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
-    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), "
+    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's, or "
+         "the one that training used), "
          'chatml, llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else '
          'plain where one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
     Flag('lm_server.request_seconds', 0.0, 'longest time that an answer may take; 0 for no limit', least=0),

@@ -79,7 +79,8 @@ def read_compute(flags: ConfigDict) -> Compute:
     remat = {name: update.get(name, flags.llama[name]) for name in REMAT}
     for policy in filter(None, remat.values()):
         remat_policy(policy)  # raises for one that is not known
-    return Compute(flags.dtype, flags.attention, flags.reduce_gradients, **remat)
+    return Compute(flags.dtype, flags.attention, flags.reduce_gradients, **remat,
+                   label_smoothing=flags.get('label_smoothing', 0.0))
 
 
 def read_lora(flags: ConfigDict, compute: Compute) -> Lora | None:

@@ -31,9 +31,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field
 
+from data.chat import ChatTemplate, Message
 from serving.api import MAX_CHAT_LENGTH, REFUSALS, Body, Options, Text
 from serving.asking import Asking, Refused
-from serving.chat import ChatTemplate, Message
 from serving.text_stream import BROKEN, TextStream
 from serving.texts import Texts
 from serving.work import MAX_LISTED, MAX_LOGPROBS, Delta, Event, Generate, Generated, Sampling, Token

@@ -360,17 +360,18 @@ def test_a_bare_foreign_path_is_answered_with_its_type(golden):
 
 
 def test_native_checkpoint_gives_back_all_it_was_given(golden, tmp_path):
-    """Configuration, weights, tokenizer and template of a saved model, from the directory or from the step in it."""
+    """Configuration, weights, tokenizer and templates of a saved model, from the directory or from the step in it."""
     config, tokenizer = easylm_config(golden), load_tokenizer(golden / 'easylm/tokenizer.model')
     params = checkpoint.open(f'params::{golden}/easylm/streaming_params_fp32').load_params(config, make_mesh('1,4,2'))
     template = PromptTemplate(labels=('bad', 'good'))
-    meta, files = checkpoint.source.describe(config, tokenizer, template)
+    meta, files = checkpoint.source.describe(config, tokenizer, template, True, '{{ messages }}')
     step = native.save(tmp_path, 3, by_name(params, config, 'params'), meta, files, keep=1)
     for spec in (str(tmp_path), str(step)):
         source = checkpoint.open(spec)
         loaded = source.load_params(source.config, make_mesh('2,2,2'))
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
         assert source.config == config and source.template == template and source.step == 3
+        assert source.add_bos_token is True and source.chat_template == '{{ messages }}'
         assert source.tokenizer.fingerprint == tokenizer.fingerprint
     with pytest.raises(ValueError, match='head_dim got 16 want 32'):
         source.load_params(dataclasses.replace(config, num_attention_heads=2, num_key_value_heads=2, head_dim=32),
@@ -384,7 +385,8 @@ def test_native_checkpoint_keeps_a_json_tokenizer_with_its_ids(tmp_path):
     meta, files = checkpoint.source.describe(LlamaConfig(), tokenizer, None)
     native.save(tmp_path, 1, {}, meta, files, keep=1)
     source = checkpoint.open(str(tmp_path))
-    assert source.tokenizer.fingerprint == tokenizer.fingerprint and source.template is None
+    assert source.tokenizer.fingerprint == tokenizer.fingerprint
+    assert source.template is source.chat_template is None
 
 
 # ---------------------------------------------------------------- a run that writes and deletes meanwhile
