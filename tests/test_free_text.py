@@ -1,5 +1,7 @@
 """evaluate.py --task=text and evaluation/free_text.py: records to measures, with a fake model and a true engine."""
 import json
+import pathlib
+import runpy
 import sys
 
 import jax
@@ -14,6 +16,7 @@ from program import flags
 from program import model as program_model
 from program.parse import parse as parse_flags
 
+ROOT = pathlib.Path(__file__).parent.parent
 NOTES = [('Note: Celaxil 5mg\nJSON:', ' {"drug": "Celaxil", "dose": "5 mg"}'),
          ('Note: Halanol 2 g\nJSON:', ' {"drug": "Halanol", "dose": "2 g"}'),
          ('Note: Jorifex 5 ml\nJSON:', ' {"drug": "Jorifex", "dose": "5 ml"}')]
@@ -176,3 +179,36 @@ def test_what_does_not_fit_the_model_is_named(golden, tmp_path, one_device):
     path.write_text(json.dumps({'prompt': 'a', 'completion': 'endless ' * 60}) + '\n')
     with pytest.raises(ValueError, match="max_new_tokens=9, but the completion 'endless .* raise --max_new_tokens"):
         main(engine_flags(golden, path, tmp_path / 'out', '--max_new_tokens=9'))
+
+
+# ---------------------------------------------------------------- the worked example
+
+
+@pytest.fixture
+def make_parts():
+    return runpy.run_path(str(ROOT / 'docs' / 'examples' / 'notes.py'))['make_parts']
+
+
+def test_the_worked_example_asks_for_what_training_did_not_say(make_parts):
+    """docs/EXTRACTION.md: 320 and 96 records, whose drug stands in the note; no drug of one part in a note of the
+    other, no prompt twice, three fields each, all four values of per_day."""
+    parts = make_parts(320, 96, seed=0)
+    assert {part: len(records) for part, records in parts.items()} == {'train': 320, 'test': 96}
+    answers = {part: [json.loads(record['completion']) for record in records] for part, records in parts.items()}
+    drugs = {part: {answer['drug'] for answer in found} for part, found in answers.items()}
+    for part, other in (('train', 'test'), ('test', 'train')):
+        for record, answer in zip(parts[part], answers[part], strict=True):
+            assert list(answer) == ['drug', 'dose', 'per_day'] and answer['drug'] in record['prompt']
+            assert answer['dose'].split()[0] in record['prompt'] and record['completion'].startswith(' {')
+            assert not any(drug in record['prompt'] for drug in drugs[other])
+        assert {answer['per_day'] for answer in answers[part]} == {1, 2, 3, 4}
+    assert len({record['prompt'] for records in parts.values() for record in records}) == 416
+
+
+def test_the_worked_example_is_the_same_every_time(make_parts):
+    """By seed; a larger training part leaves the test part as it is."""
+    parts = make_parts(320, 96, seed=0)
+    assert parts == make_parts(320, 96, seed=0) and parts != make_parts(320, 96, seed=1)
+    assert parts['test'] == make_parts(640, 96, seed=0)['test']
+    assert parts['test'][0] == {'prompt': 'Note: Rx Halaquat 300mg every 24 hours x 7 days\nJSON:',
+                                'completion': ' {"drug": "Halaquat", "dose": "300 mg", "per_day": 1}'}

@@ -32,6 +32,7 @@ def rows(*pairs, rouge_l=None):
     ('Saint Bernadette Soubirous', 'Bernadette Soubirous in 1858', 4 / 7),  # 2 common of 3 and 4 words
     ('a copper statue of Christ', 'statue of the Virgin', 2 * 2 / (4 + 3)),  # copper statue of christ; statue of virgin
     ('very very good', 'very good good', 2 * 2 / (3 + 3)),  # bags: very once, good once
+    ('very very good', 'very very bad', 2 * 2 / (3 + 3)),  # very twice
     ('theatre', 'atre', 0.0),  # an article is a whole word
     ('gold', 'silver', 0.0), ('gold', 'the', 0.0), ('the', 'An ...', 1.0), ('well-known', 'wellknown', 1.0),
 ])
@@ -114,6 +115,7 @@ def test_fields_are_counted_over_all_records_together():
         'all_fields': 1 / 3, 'field_precision': 3 / 5, 'field_recall': 3 / 6, 'field_f1': 6 / 11})
     assert field_shares(found) == {'a': {'right': 2, 'records': 3}, 'b': {'right': 0, 'records': 2},
                                    'b.c': {'right': 1, 'records': 1}}
+    assert measure(rows(({'a': 1}, {'a': 1, 'b': 2}), ({'a': 1}, {'a': 1})))['all_fields'] == 0.5
     assert set(measure(found[3:])) == {'exact_match', 'raw_match', 'token_f1'}
     assert measure(rows(({'a': 1}, 'no')))['field_precision'] == 0.0
 
