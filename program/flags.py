@@ -53,7 +53,8 @@ class Flag(NamedTuple):
 # what --help begins with, in this order: of these names, those that a program has
 MOST_USED = (
     'config', 'name', 'list', 'topology', 'load_checkpoint', 'adapter', 'url', 'input', 'split', 'text_field',
-    'label_field', 'labels', 'method', 'sample_size', 'format', 'train_dataset.type', 'train_dataset.json_dataset.path',
+    'label_field', 'labels', 'task', 'method', 'sample_size', 'format', 'train_dataset.type',
+    'train_dataset.json_dataset.path',
     'train_dataset.text_processor.fields', 'train_dataset.json_dataset.batching',
     'train_dataset.json_dataset.seq_length', 'train_dataset.json_dataset.batch_size', 'total_steps', 'epochs',
     'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'evaluate_every',
@@ -158,20 +159,28 @@ CACHE_DTYPE = 'how keys and values are kept: fp32, bf16, or int8 with a factor f
 
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
     ADAPTER,
+    Flag('task', 'label', 'label: texts with one of a few labels; text: records {"prompt": .., "completion": ..}, '
+         'answered with a text, for example a JSON object', ('label', 'text')),
     Flag('labels', '', 'names of the labels 0, 1, .., as prepare_data.py takes them; empty: those of the checkpoint, '
          'or of labels_NAME.json beside a prepared NAME.jsonl, else those in the data'),
     Flag('sample_size', 0, 'reviews to evaluate, drawn with `seed`, each label in proportion; 0 for all', least=0),
-    Flag('method', 'loglikelihood', "loglikelihood: the likelier answer; generate: what greedy decoding says; or both",
-         ('loglikelihood', 'generate', 'both')),
+    Flag('method', None, 'loglikelihood: the likelier answer; generate: what greedy decoding says; or both; not given: '
+         'loglikelihood (task=label; task=text always generates)', ('loglikelihood', 'generate', 'both'), kind=str),
+    Flag('stop', '', r"task=text: texts before which an answer ends, parted by commas, \n for a line's end, "
+         '"quoted, with a comma"; empty: it ends at EOS or at max_new_tokens'),
+    Flag('rouge', True, 'task=text: measure ROUGE-L too (extra: text)'),
     Flag('url', '', 'ask the server that runs there, for example http://127.0.0.1:5007, instead of --load_checkpoint'),
-    Flag('output_dir', '', 'for evaluation.json and confusion_matrix.png; empty for runs/evaluation-DATE-TIME',
+    Flag('output_dir', '', 'for evaluation.json and confusion_matrix.png (task=text: fields.png); empty for '
+         'runs/evaluation-DATE-TIME',
          path='write'),
     Flag('before', '', 'evaluation.json of the same reviews before fine-tuning: prints what changed', path='read'),
-    Flag('samples', 6, 'reviews whose generated text is kept and shown; 0 for none', least=0),
+    Flag('samples', 6, 'reviews whose generated text is kept and shown (task=text: how many of the worst answers are '
+         'shown); 0 for none', least=0),
     Flag('calibrate', False, 'fit the temperature of the probabilities of labels on these reviews, which must neither '
          'have trained the model nor be those that test it, and keep it in the checkpoint for /classify'),
     Flag('sample_tokens', 48, 'most tokens generated for such a sample (a server decides by itself)', least=1),
-    Flag('max_new_tokens', 8, 'most tokens of an answer, method=generate (a server decides by itself)', least=1),
+    Flag('max_new_tokens', None, 'most tokens of an answer; not given: 8 with method=generate (where a server decides '
+         'by itself), 256 with task=text', kind=int, least=1),
     Flag('batch_size', 16, 'texts computed together (slots of the engine), or in a request to the server', least=1),
     Flag('weight_dtype', '', WEIGHT_DTYPE, ('', 'fp32', 'bf16', 'int8')),
     Flag('cache_dtype', '', CACHE_DTYPE, ('', 'fp32', 'bf16', 'int8')),
