@@ -177,6 +177,15 @@ class AdaptedSource:
                           f'load_checkpoint={self.spec!r} has other weights: name that base')
         return _MergedReader(reader, arrays, self.adapter.lora)
 
+    def load_adapter(self, config: LlamaConfig) -> Llama:
+        """Load the adapter alone, as the tree of model/lora.py: numpy, float32.
+
+        Raises Mistake for an adapter of another base or another shape.
+        """
+        self.reader(config)
+        arrays = self.adapter.arrays(config)
+        return jax.tree.map(lambda spec: arrays[spec.name], adapter_specs(config, self.adapter.lora))
+
     def load_params(self, config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32') -> Llama:
         """Load the merged weights, as Source.load_params."""
         return self.base.load_params(config, mesh, dtype, self.reader(config))

@@ -30,7 +30,7 @@ TARGETS = tuple(field.name for field in dataclasses.fields(Layer) if field.metad
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What is adapted, and how.  targets: names of TARGETS.  dropout: share of x's numbers that A does not see in
+    """Hold what is adapted, and how.  targets: names of TARGETS.  dropout: share of x's numbers that A does not see in
     training; its masks follow from `seed`, and differ between meshes.  rslora: scale by sqrt(rank) instead of rank.
     base_dtype: how the frozen weights are kept.
 
@@ -63,7 +63,7 @@ class Lora:
 
 @pytree
 class Adapter:
-    """What trains of one matrix: a [N, in, R] and b [N, R, out], float32; or their specs."""
+    """Hold what trains of one matrix: a [N, in, R] and b [N, R, out], float32; or their specs."""
 
     a: Array
     b: Array

@@ -450,6 +450,8 @@ SERVE = MODEL + (
     Flag('lm_server.api_key_file', '', 'a file with the API key, which every request but /health, /ready and the page '
          'must bring as the header Authorization: Bearer KEY', path='read'),
     Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
+    Flag('lm_server.adapters', '', 'adapters of the weights that are served beside them, each under its name, which a '
+         'request gives as `model`: tickets=DIR,reviews=DIR; batched together (DIR as of --adapter)'),
     Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
     Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's, or "
          "the one that training used), "

@@ -233,6 +233,43 @@ def test_what_is_served_is_named(golden, tmp_path):
                               targets=['w_q', 'w_k', 'w_down'], rslora=True)
 
 
+def served(given, spec, *more, bos=True):
+    """What serve.py opens of --lm_server.adapters, on a model whose tokenizer is EasyLM's."""
+    config = parse.parse(['serve.py', f'--load_checkpoint={spec}', f'--lm_server.adapters={given}', *more],
+                         flags.SERVE, '')
+    load = settings.read_load(config)
+    source = checkpoint.open(spec)
+    model = serve.Model(None, source.config, PLAIN, TOKENIZER, source, bos)
+    return serve.open_adapters(config.lm_server.adapters, load, model, serve.options_of(config))
+
+
+TOKENIZER = load_tokenizer(GOLDEN / 'easylm/tokenizer.model')
+
+
+def test_adapters_are_served_by_name_with_their_own_templates(golden, tmp_path):
+    """Of both formats; what is loaded are A and B alone."""
+    spec = base_of(golden)
+    config = checkpoint.open(spec).config
+    path, tree = write_adapter(tmp_path / 'run', spec, config, tokenizer=TOKENIZER)
+    found = served(f'ours={path}, theirs={golden}/peft', spec)
+    assert list(found) == ['ours', 'theirs'] and found['ours'].template == TEMPLATE
+    assert found['theirs'].template is None
+    jax.tree.map(np.testing.assert_array_equal, found['ours'].load_adapter(config), tree)
+    assert found['theirs'].load_adapter(config).layers.w_down.a.shape[2] == 2
+
+
+@pytest.mark.parametrize('given, more, message', [
+    ('ours', (), "'ours' must be NAME=DIR"), ('gqa_tied={path}', (), 'with a name that is not taken'),
+    ('a={path},a={path}', (), 'with a name that is not taken'), ('a=nowhere', (), "adapter='nowhere' does not exist"),
+    ('a={path}', ('--adapter={path}',), 'an adapter belongs to the weights as they were'),
+    ('a={path}', (), 'was trained with add_bos_token=True, and the model')])
+def test_adapters_that_cannot_be_served_are_refused(golden, tmp_path, given, more, message):
+    spec = base_of(golden)
+    path, _ = write_adapter(tmp_path / 'run', spec, checkpoint.open(spec).config, tokenizer=TOKENIZER)
+    with pytest.raises(Mistake, match=message):
+        served(given.format(path=path), spec, *(word.format(path=path) for word in more), bos='bos' not in message)
+
+
 # ---------------------------------------------------------------- mistakes
 
 
