@@ -166,7 +166,7 @@ def epoch_length(batches: PackedStream | RowBatches, dataset: Dataset) -> Fracti
     A stream is counted by tokenizing it once; the next pass begins where this one ends, in the same order (rows are
     shuffled each epoch).  Raises Mistake for a data set that is read from afar while training.
     """
-    if isinstance(batches, RowBatches):
+    if not isinstance(batches, PackedStream):
         return Fraction(batches.batches_per_epoch)
     if dataset.rows.get('streaming'):
         raise Mistake(f'{dataset.flag}.streaming=True: how long an epoch of it is would only be known after reading '
