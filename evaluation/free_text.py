@@ -185,10 +185,9 @@ def draw_fields(report: dict, path: Path, subtitle: str = '') -> None:
     axes.barh(range(len(names)), values, color='#4c86c6', height=0.62)
     axes.hlines(range(len(names)), *zip(*ends, strict=True), color='0.2', linewidth=1.5)
     for place, (value, share) in enumerate(zip(values, shares, strict=True)):
-        axes.text(0.01, place, f'{value:.1%}   {share["right"]} of {share["records"]}', va='center', fontsize=9,
-                  color='white' if value > 0.3 else '0.15')
+        axes.text(1.03, place, f'{value:.1%}   {share["right"]} of {share["records"]}', va='center', fontsize=9)
     axes.set_yticks(range(len(names)), [name if len(name) <= 30 else name[:29] + '…' for name in names])
-    axes.set_xlim(0, 1.02)
+    axes.set_xlim(0, 1.01)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0 %', '25 %', '50 %', '75 %', '100 %'])
     axes.invert_yaxis()
     axes.spines[['top', 'right']].set_visible(False)

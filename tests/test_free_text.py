@@ -43,7 +43,7 @@ def test_an_evaluation_holds_every_measure_and_answer(notes, tmp_path, monkeypat
         def generate(prompts, progress):
             asked.append((prompts, stops, config.max_new_tokens))
             progress(len(prompts))
-            return [Answer(SAID[0], False, False), Answer(SAID[1], False, True), Answer(SAID[2], True, False)]
+            return [Answer(SAID[0], True, False), Answer(SAID[1], False, True), Answer(SAID[2], True, False)]
         return generate
 
     monkeypatch.setattr(evaluate, 'open_text_server', open_text_server)
@@ -60,7 +60,7 @@ def test_an_evaluation_holds_every_measure_and_answer(notes, tmp_path, monkeypat
                for low, high in [held['interval_95']])
     assert report['fields']['drug'] == {'right': 2, 'records': 3,
                                         'interval_95': pytest.approx([0.2077, 0.9385], abs=1e-4)}
-    assert (report['worst_first'], report['cut_off'], report['truncated_prompts']) == ([2, 1], 1, 1)
+    assert (report['worst_first'], report['cut_off'], report['truncated_prompts']) == ([2, 1], 2, 1)
     assert rows[1] | {'token_f1': 0, 'rouge_l': 0} == {
         'prompt': NOTES[1][0], 'completion': NOTES[1][1], 'generated': SAID[1], 'cut_off': False, 'truncated': True,
         'raw_match': False, 'exact_match': False, 'token_f1': 0, 'rouge_l': 0,
@@ -69,7 +69,8 @@ def test_an_evaluation_holds_every_measure_and_answer(notes, tmp_path, monkeypat
     assert (tmp_path / 'out' / 'fields.png').stat().st_size > 5000
     said = capsys.readouterr().out
     assert 'field_f1    60.00%' in said and 'record 2, token F1' in said and ', no JSON object' in said
-    assert 'and 1 more that are not right' in said and 'WARNING: 1 answers were cut off at --max_new_tokens' in said
+    assert 'record 1,' not in said and 'and 1 more that are not right' in said
+    assert 'WARNING: 2 answers were cut off at --max_new_tokens' in said
     assert '1 prompts were longer than the server takes' in said
     assert wrong_text(rows[1]) == ', wrong: dose' and wrong_text({}) == ''
 
