@@ -29,8 +29,8 @@ class Record(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Holds what was generated.  cut_off: the limit of new tokens ended it; truncated: the prompt was too long and lost its
-    beginning; None where a server does not say."""
+    """Holds what was generated.  cut_off: the limit of new tokens ended it; truncated: the prompt was too long and lost
+    its beginning; None where a server does not say."""
 
     text: str
     cut_off: bool | None = None
