@@ -29,6 +29,7 @@ from instruments.tpu import chips
 from instruments.tpu import compile as tpu_compile
 from mistake import Mistake
 from model.config import Compute, LlamaConfig, named_config, updated
+from model.lora import adapter_specs
 from model.partition import check_rows, make_mesh, rows_unit
 from model.weights import check_divisible, weight_specs
 from program import flags, parse, settings
@@ -98,6 +99,10 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     compute, update = settings.read_compute(config), parse.literals('update_llama_config', config.update_llama_config)
     update = {name: value for name, value in update.items() if name not in settings.REMAT}
     sizes = updated(named_config(config.load_llama_config), update, source='update_llama_config')
+    if lora := settings.read_lora(config, compute):
+        if config.serve:
+            raise Mistake(f'lora.rank={lora.rank} is of training: adapters are served merged, so leave the flag out')
+        adapter_specs(sizes, lora)  # raises for a rank that is too high
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)
     return sizes, dataclasses.replace(compute, attention=compute.attention or 'pallas')

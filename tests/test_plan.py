@@ -26,8 +26,10 @@ from instruments.tpu import compile as tpu_compile
 from instruments.tpu.estimate import Estimate
 from mistake import Mistake
 from model.config import MODELS, Compute
+from model.lora import Lora, abstract_base, adapter_specs
 from model.partition import make_mesh
-from program import flags
+from model.weights import weight_specs
+from program import flags, settings
 from program.parse import parse as parse_flags
 from training.optimizer import AdamW
 from training.state import abstract_batch, abstract_state
@@ -36,8 +38,11 @@ GIB = 2**30
 LEAST = Compute(remat_block='nothing_saveable')
 
 
-def setting(mesh_dim='1,4,2', devices=None, config=TINY, compute=LEAST, accumulate=1) -> Setting:
-    return Setting(config, compute, AdamW(bf16_momentum=True), accumulate, make_mesh(mesh_dim, devices))
+ADAPTERS = Lora(rank=4, alpha=8, base_dtype='bf16')
+
+
+def setting(mesh_dim='1,4,2', devices=None, config=TINY, compute=LEAST, accumulate=1, lora=None) -> Setting:
+    return Setting(config, compute, AdamW(bf16_momentum=True), accumulate, make_mesh(mesh_dim, devices), lora=lora)
 
 
 def plan(mesh_dim='1,8,1', seconds=1.0, needed=GIB, usable=2 * GIB, batch_size=8) -> MeshPlan:
@@ -95,6 +100,58 @@ def test_what_a_layer_keeps_follows_the_policy(policy, elements):
         return one_mesh.kept_bytes(own, abstract_batch(own.mesh, 8, 32))
 
     assert kept(3) - kept(2) == 4 * elements
+
+
+@pytest.mark.parametrize('dtype, bf16_momentum', [('fp32', False), ('bf16', True), ('int8', False)])
+def test_the_arguments_of_adapters_are_the_base_and_12_bytes_a_number(dtype, bf16_momentum):
+    """On one device, to the byte: the base in its dtype (int8: factors, and embedding and head of bfloat16, beside it),
+    A and B, momentum and second moment of 4 bytes each, 2 for a momentum of bfloat16, two counters; and the batch.
+    """
+    lora = dataclasses.replace(ADAPTERS, base_dtype=dtype)
+    own = setting('1,1,1', jax.devices()[:1], lora=lora)._replace(hyper=AdamW(bf16_momentum=bf16_momentum))
+    batch = abstract_batch(own.mesh, 4, 8)
+    specs = jax.tree.leaves(weight_specs(TINY))
+    width = dict(fp32=4, bf16=2, int8=1)[dtype]
+    base = sum(width * spec.size for spec in specs)
+    if dtype == 'int8':
+        N, F, M, HD, KD = 3, 96, 64, 64, 16
+        factors = N * (HD + 2 * KD + M + 2 * F + M)
+        base += 4 * factors + sum((3 if spec.init == 'ones' else 1) * spec.size for spec in specs
+                                  if spec.init == 'ones' or not spec.stacked)
+    adapters = sum(spec.size for spec in jax.tree.leaves(adapter_specs(TINY, lora)))
+    assert adapters == 3 * 4 * (64 + 64 + 64 + 16)
+    parts = one_mesh.uncompiled(own, batch, None).parts
+    assert parts['base'] == base and parts['adapters'] == 4 * adapters
+    assert parts['optimizer'] == (6 if bf16_momentum else 8) * adapters + 8
+    compiled_bytes = own.lower(batch).compile(compiler_options=QUICK).memory_analysis().argument_size_in_bytes
+    assert compiled_bytes == base + (10 if bf16_momentum else 12) * adapters + 8 + one_mesh.device_bytes(batch)
+
+
+@pytest.mark.parametrize('dtype, mesh_dim', [('fp32', '1,1,1'), ('int8', '1,4,2')])
+def test_adapters_add_no_gradient_and_no_copy_of_the_base(dtype, mesh_dim):
+    """Four more layers keep their inputs and the adapters' gradients, 4 bytes each: with the arguments' 12, the 16
+    bytes a number.  (A base of bfloat16 XLA's CPU does widen to float32, all layers at once; the TPU compiler does not,
+    see the test below.)
+    """
+    def compiled_bytes(layers):
+        config = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, num_hidden_layers=layers)
+        own = setting(mesh_dim, jax.devices()[:1 if mesh_dim == '1,1,1' else 8], config,
+                      lora=dataclasses.replace(ADAPTERS, base_dtype=dtype))._replace(hyper=AdamW())
+        batch = abstract_batch(own.mesh, 4, 8)
+        memory = own.lower(batch).compile(compiler_options=QUICK).memory_analysis()
+        return memory.temp_size_in_bytes, one_mesh.uncompiled(own, batch, None).parts
+
+    (few, less), (many, more) = compiled_bytes(4), compiled_bytes(8)
+    grown = more['adapters'] + more['activations'] - less['adapters'] - less['activations']
+    assert grown <= many - few < grown + 1024
+    assert more['base'] - less['base'] > 4 * grown
+
+
+def test_what_adapters_keep_follows_their_dropout():
+    """A mask of booleans for x of w_q, another for that of w_v, and x scaled under each: more than without."""
+    kept = [one_mesh.kept_bytes(own, abstract_batch(own.mesh, 8, 32)) for own in (
+        setting(lora=dataclasses.replace(ADAPTERS, dropout=dropout), compute=Compute()) for dropout in (0.0, 0.5))]
+    assert kept[1] > kept[0]
 
 
 def test_a_host_holds_what_loading_needs_or_two_copies_of_its_part_of_an_array():
@@ -186,7 +243,22 @@ def test_alternatives_change_little_first():
     less = 'nothing_saveable'
     assert found[:5] == [(mesh, '', 1, 4) for mesh in others] and found[5:11] == [
         (mesh, less, 1, 4) for mesh in ('2,2,1', *others)]
-    assert found[11:] == [('1,2,2', less, 2, 2), ('2,1,2', less, 2, 2), ('1,1,4', less, 2, 2), ('1,1,4', less, 4, 1)]
+    assert found[11:15] == [('1,2,2', less, 2, 2), ('2,1,2', less, 2, 2), ('1,1,4', less, 2, 2), ('1,1,4', less, 4, 1)]
+
+
+def test_adapters_are_the_last_way_out():
+    """All that changes only where things lie is tried first; then rank 16 beside bfloat16, as it is and on every way,
+    then beside int8.  A run of adapters keeps its own and takes the lighter base.
+    """
+    own = setting('2,2,1', jax.devices()[:4], compute=Compute())
+    found = [(other.lora, one_mesh.mesh_dim_of(other.mesh), rows) for other, rows in search.alternatives(own, 4)]
+    bf16, int8 = Lora(16, 32.0, base_dtype='bf16'), Lora(16, 32.0, base_dtype='int8')
+    assert [lora for lora, *_ in found] == [None] * 15 + [bf16] * 16 + [int8] * 16
+    assert found[15] == (bf16, '2,2,1', 4) and found[31] == (int8, '2,2,1', 4)
+    assert [way for _, *way in found[16:31]] == [way for _, *way in found[:15]]
+    lighter = [other.lora for other, _ in search.alternatives(own._replace(lora=ADAPTERS), 4)]
+    assert lighter == [ADAPTERS] * 15 + [dataclasses.replace(ADAPTERS, base_dtype='int8')] * 16
+    assert not search.with_lighter_base(own._replace(lora=dataclasses.replace(ADAPTERS, base_dtype='int8')))
 
 
 # ---------------------------------------------------------------- before step 0
@@ -295,6 +367,33 @@ def test_the_remedy_names_flags_that_have_an_effect(monkeypatch):
     assert train.train_dataset.huggingface_dataset.batch_size == 2 and 'json_dataset' not in said
 
 
+def test_the_remedy_names_adapters_by_flags_that_make_them(monkeypatch):
+    monkeypatch.setattr(one_mesh, 'plan_train', lambda other, *_: dataclasses.replace(
+        plan(), fits=bool(other.lora) and other.lora.base_dtype == 'int8'))
+    own = setting('2,2,1', jax.devices()[:4])
+    with pytest.raises(Mistake) as error:
+        CompiledStep(Full(*own), lambda line: None)(*state_and_batch(own, 4))
+    said, _, rest = str(error.value).partition('that fits: ')[2].partition(' (')
+    assert said == '--lora.rank=16 --lora.base_dtype=int8' and rest == 'adapters alone train: LoRA)'
+    train = parse_flags(['train.py', *said.split()], flags.TRAIN, '')
+    assert settings.read_lora(train, Compute()) == Lora(16, 32.0, base_dtype='int8', seed=42)
+
+
+def test_a_step_of_adapters_takes_its_base():
+    """The lines name base and adapters; a setting and a base that do not go together are the program's fault."""
+    own, lines = setting('1,1,1', jax.devices()[:1], lora=ADAPTERS), []
+    shapes = abstract_batch(own.mesh, 4, 8)
+    state, batch, base = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+                                      (own.state(), shapes, abstract_base(TINY, own.mesh, 'bf16')))
+    jitted = CompiledStep(Quick(*own), lines.append, frozen=base)
+    for _ in range(2):
+        state, _ = jitted(state, batch)
+    assert int(state.optimizer.count) == 2 and len(lines) == 1
+    assert 'GiB a device: base ' in lines[0] and ', adapters ' in lines[0] and 'parameters' not in lines[0]
+    with pytest.raises(ValueError, match='a frozen base go together'):
+        CompiledStep(own, lines.append)
+
+
 def test_processes_wait_for_each_other_between_compiling_and_running(monkeypatch):
     """Once for each program, none while a plan that fits is looked for: there only one process may be."""
     happened = []
@@ -367,6 +466,25 @@ def test_the_printed_command_says_what_was_planned():
     served = shlex.split(program.command(parse('--serve', '--seq_length=256'), plan('1,1,8', batch_size=4)))
     serve = parse_flags(served[1:-1], flags.SERVE, '')
     assert (serve.mesh_dim, serve.lm_server.batch_size, serve.input_length, serve.seq_length) == ('1,1,8', 4, 128, 256)
+
+
+def test_adapters_are_planned_as_their_flags_say(monkeypatch):
+    """plan.py's setting has them, and the command that it prints says them to train.py."""
+    planned = []
+    monkeypatch.setattr(program, 'plan_train', lambda own, *_: planned.append(own) or plan())
+    config = parse('--lora.rank=8', '--lora.base_dtype=int8', '--lora.targets=w_q,w_down', '--mesh_dim=1,4,2')
+    sizes, compute = program.model_flags(config)
+    file = types.SimpleNamespace(plan=lambda mesh_dim, batch_size, compile_one: compile_one(batch_size))
+    program.plan_mesh(config, sizes, compute, '1,4,2', setting().mesh, None, None, file)
+    assert planned[0].lora == Lora(8, 16.0, ('w_q', 'w_down'), base_dtype='int8')
+    words = shlex.split(program.command(config, plan('1,4,2')))
+    train = parse_flags(words[1:-1], flags.TRAIN, '')
+    assert settings.read_lora(train, compute) == dataclasses.replace(planned[0].lora, seed=train.seed)
+
+
+def test_the_table_shows_base_and_adapters_as_weights():
+    own = dataclasses.replace(plan(), parts=dict(base=GIB, adapters=GIB, optimizer=3 * GIB, activations=4 * GIB))
+    assert table.cells(own)[2:5] == ('2.00', '3.00', '4.00')
 
 
 @pytest.mark.parametrize('mesh_dim', ['!1,4,2', 'dp:1,mp:2,fsdp:4'])
@@ -444,6 +562,8 @@ def test_a_row_of_the_table_is_at_most_160_wide():
     (['--topology='], 'topology is empty'), (['--load_llama_config='], 'load_llama_config is empty'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
     (['--llama.remat_mlp=save:x'], "'save:x' is not known"),
+    (['--lora.rank=129'], 'lora.rank=129 must be at most 128'),
+    (['--serve', '--lora.rank=4'], 'lora.rank=4 is of training'),
     (['--serve', '--seq_length=4096'], 'seq_length=4096 is more than the model was made for'),
     (['--optimizer.accumulate_gradient_steps=0'], 'accumulate_gradient_steps=0 must be at least 1'),
     (['--topology=v9:2x2'], "name='v9:2x2' names no chip: one of v4, v5e"),
@@ -483,6 +603,25 @@ def test_every_mesh_of_a_small_slice_is_planned_and_one_chosen(tmp_path):
     assert f'chosen: {chosen.mesh_dim}\n  python train.py' in said and written['command'] in said
     run()
     assert json.loads((tmp_path / 'plan.json').read_text()) == written
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize('dtype', ['bf16', 'int8'])
+def test_a_v5e_holds_no_copy_of_the_base_in_float32(dtype):
+    """Sixteen more layers take less beside the arguments than the base itself has in its dtype: gradients of it, or a
+    float32 copy, would be two to four times that.
+    """
+    def compiled_bytes(layers):
+        config = dataclasses.replace(TINY, hidden_size=512, intermediate_size=1024, num_attention_heads=4,
+                                     num_hidden_layers=layers)
+        own = setting('1,1,1', tpu_compile.devices('v5e:1x1'), config, dataclasses.replace(LEAST, dtype='bf16'),
+                      lora=dataclasses.replace(ADAPTERS, base_dtype=dtype))
+        batch = abstract_batch(own.mesh, 1, 8)
+        program = own.lower(batch).compile()
+        return program.memory_analysis().temp_size_in_bytes, one_mesh.uncompiled(own, batch, None).parts
+
+    (few, less), (many, more) = compiled_bytes(16), compiled_bytes(32)
+    assert many - few < more['base'] - less['base']
 
 
 @pytest.mark.libtpu

@@ -9,6 +9,7 @@ from helpers import MESHES, QUICK, TINY
 
 from instruments.tpu.collectives import collectives
 from model.config import Compute
+from model.lora import TARGETS, Lora, abstract_base, adapter_specs
 from model.partition import make_mesh
 from model.weights import weight_specs
 from training import optimizer, step
@@ -63,12 +64,32 @@ TABLE = {
         ('all-reduce', 'fsdp+mp', 4): 2, ('all-reduce', 'dp+fsdp', 12): 1,
     },
 }
+# the same of adapters of rank 4 on w_q and w_v, by the dtype of the frozen base, on 1,4,2
+LORA = Lora(rank=4, alpha=8)
+ACTIVATIONS_AND_ADAPTERS = {
+    ('all-gather', 'mp', 16384): 13, ('reduce-scatter', 'mp', 16384): 14,  # the embedding's gradient has no use
+    ('all-reduce', 'fsdp+mp', 2048): 3, ('all-reduce', 'fsdp', 640): 3,  # a layer's gradients: of both A; of both B
+    ('all-reduce', 'mp', 256): 1, ('all-reduce', 'mp', 512): 1,  # the cross entropy
+    ('all-reduce', 'mp', 28): 1, ('all-reduce', 'mp', 4): 1, ('all-reduce', 'fsdp', 12): 1,  # scalars
+}
+LORA_TABLE = {
+    'fp32': {
+        ('all-gather', 'fsdp', 2048): 6, ('all-gather', 'fsdp', 8192): 6, ('all-gather', 'fsdp', 12288): 9,
+        ('all-gather', 'fsdp', 32768): 2,
+    } | ACTIVATIONS_AND_ADAPTERS,
+    'int8': {
+        ('all-gather', 'fsdp', 512): 6, ('all-gather', 'fsdp', 2048): 6, ('all-gather', 'fsdp', 3072): 9,
+        ('all-gather', 'fsdp', 256): 6,  # factors of w_o and w_down
+        ('all-gather', 'fsdp', 32768): 2,
+    } | ACTIVATIONS_AND_ADAPTERS,
+}
 
 
-def compiled_collectives(mesh_dim: str, **compute) -> dict:
+def compiled_collectives(mesh_dim: str, lora: Lora | None = None, **compute) -> dict:
     mesh = make_mesh(mesh_dim)
-    lowered = step.make_train_step(TINY, Compute(**compute), HYPER, 1, mesh).lower(
-        abstract_state(TINY, HYPER, 1, mesh), abstract_batch(mesh, B, T))
+    base = [abstract_base(TINY, mesh, lora.base_dtype)] if lora else []
+    lowered = step.make_train_step(TINY, Compute(**compute), HYPER, 1, mesh, lora).lower(
+        abstract_state(TINY, HYPER, 1, mesh, lora), abstract_batch(mesh, B, T), *base)
     found = collectives(lowered.compile(compiler_options=QUICK).as_text(), mesh)
     return {(one.kind, '+'.join(one.axes), one.bytes): one.times for one in found}
 
@@ -114,6 +135,41 @@ def test_the_formula_predicts_their_bytes(found, mesh_dim, remat):
     if mesh_dim == '8,1,1':  # combined with those of matrices: norms' gradients and two scalars
         total['all-reduce', 'dp'] -= 3 * 512 + 256 + 8
     assert total == predicted(mesh_dim, remat)
+
+
+@pytest.mark.parametrize('dtype', LORA_TABLE)
+def test_adapters_gather_the_base_in_its_dtype_and_sum_their_own_gradients(dtype):
+    """No reduce-scatter along fsdp: no weight has a gradient, and the adapters' is summed whole."""
+    assert compiled_collectives('1,4,2', dataclasses.replace(LORA, base_dtype=dtype)) == LORA_TABLE[dtype]
+
+
+def predicted_of_adapters(lora: Lora, mesh_dim: str, remat: bool) -> dict:
+    """docs/PARTITIONING.md, With adapters: bytes of one device by (collective, axes); products in float32."""
+    dp, fsdp, mp = map(int, mesh_dim.split(','))
+    N, M = TINY.num_hidden_layers, TINY.hidden_size
+    matrices = [spec for spec in jax.tree.leaves(weight_specs(TINY)) if spec.init == 'normal']
+    layers, ends = (sum(spec.size for spec in matrices if spec.stacked is stacked) for stacked in (True, False))
+    width, factors = (1, 2 * N * M * 4) if lora.base_dtype == 'int8' else (4, 0)
+    activation = 4 * B // (dp * fsdp) * T * M
+    total = collections.Counter({
+        ('all-gather', 'fsdp'): (1 + remat) * (layers * width // mp + factors) + ends * 4 // mp,
+        ('all-gather', 'mp'): ((4 + 2 * remat) * N + 1) * activation,
+        ('reduce-scatter', 'mp'): ((4 + remat) * N + 2) * activation})
+    for spec in jax.tree.leaves(adapter_specs(TINY, lora)):
+        split = 'mp' in spec.axes
+        total['all-reduce', 'fsdp' if split else 'fsdp+mp'] += 4 * spec.size // (mp if split else 1)
+    return total
+
+
+@pytest.mark.parametrize('dtype, targets, remat', [('fp32', LORA.targets, False), ('int8', TARGETS, True)])
+def test_the_formula_predicts_the_bytes_of_adapters(dtype, targets, remat):
+    """Exactly, but for scalars and the cross entropy, which are below 1 KB."""
+    lora, total = Lora(4, 8, targets, base_dtype=dtype), collections.Counter()
+    rows = compiled_collectives('1,4,2', lora, remat_block='nothing_saveable') if remat else LORA_TABLE[dtype]
+    for (kind, axes, size), times in rows.items():
+        if kind == 'all-gather' or size >= 640:
+            total[kind, axes] += size * times
+    assert total == predicted_of_adapters(lora, '1,4,2', remat)
 
 
 def test_programs_do_not_grow_with_depth():
