@@ -103,7 +103,8 @@ def test_merged_weights_compute_what_the_unmerged_do(golden, tmp_path):
 
     specs = adapted_partitions(config, LORA)
     want = jax.jit(jax.shard_map(unmerged, mesh=mesh, in_specs=(specs, BATCH),
-                                 out_specs=PartitionSpec(BATCH[0], None, 'mp')))(adapted(base, tree, LORA), tokens)
+                                 out_specs=PartitionSpec(BATCH[0], None, 'mp')),
+                   compiler_options=QUICK)(adapted(base, tree, LORA), tokens)
     got = logits(checkpoint.open(spec, path).load_params(config, mesh), config, tokens)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
     assert np.abs(logits(merged(base, tree, LORA), config, tokens) - got).max() <= 1e-5 * np.abs(want).max()

@@ -142,8 +142,7 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
     assert_equal_whole_tensors(params, checkpoint.open(spec).reader(config), config)
 
 
-@pytest.mark.parametrize('mesh', ['1,1,8', '1,4,2'])
-@pytest.mark.parametrize('kind', ['hf', 'gguf', 'params', 'native'])
+@pytest.mark.parametrize('kind, mesh', [('hf', '1,1,8'), ('gguf', '1,4,2'), ('params', '2,2,2'), ('native', '1,8,1')])
 def test_weights_load_straight_into_the_dtype_of_a_frozen_base(tmp_path, kind, mesh, monkeypatch):
     """bf16 and int8 have the bits, dtypes and shardings of float32 weights that are frozen; as int8 each number of a
     matrix is read once, though a factor needs columns that several devices hold.
@@ -242,15 +241,16 @@ status = lambda: {line.split(':')[0]: int(line.split()[1]) * 1024
                   for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = status()['VmRSS']
-params = jax.block_until_ready(checkpoint.open(sys.argv[1]).load_params(config, mesh))
+params = jax.block_until_ready(checkpoint.open(sys.argv[1]).load_params(config, mesh, sys.argv[2]))
 peak = status()['VmHWM'] - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print('BESIDE', peak, checkpoint.source.host_bytes(config, mesh))
+print('BESIDE', peak, checkpoint.source.host_bytes(config, mesh, sys.argv[2]))
 '''
 
 
-@pytest.mark.parametrize('kind', ['hf', 'params'])
-def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
-    """Loading 390 MB, of which a stack is 81 MB, takes no more than host_bytes (4 x 17 MB) beside the result.
+@pytest.mark.parametrize('kind, dtype', [('hf', 'fp32'), ('params', 'fp32'), ('hf', 'int8')])
+def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind, dtype):
+    """Loading 390 MB, of which a stack is 81 MB, takes no more than host_bytes (4 x 17 MB) beside the result; as int8
+    too, where the result is a quarter.
 
     MALLOC_MMAP_THRESHOLD_: what is freed goes back to the system and is not counted.
     """
@@ -262,7 +262,8 @@ def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
         huggingface_writer.write(tmp_path / 'model', tensor, config, None, None, 'bf16', 10**12)
     else:
         easylm_writer.write_params(tmp_path / 'model', tensor, config, 'bf16')
-    done = subprocess.run([sys.executable, '-c', MEASURED, f'{kind}::{tmp_path}/model'], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, '-c', MEASURED, f'{kind}::{tmp_path}/model', dtype], capture_output=True,
+                          text=True,
                           env=os.environ | dict(PYTHONPATH=str(ROOT), XLA_FLAGS='', MALLOC_MMAP_THRESHOLD_=str(2**20)))
     assert done.returncode == 0, done.stderr
     beside, bound = map(int, done.stdout.split('BESIDE ')[1].split())
