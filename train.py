@@ -32,7 +32,7 @@ from model.lora import Lora, adapted, adapter_specs
 from model.weights import Llama, init_weights, weight_specs
 from program import flags, settings
 from program.data import chat_template_of, continued, epoch_length, open_batches, read_template
-from program.labelled import open_labelled
+from program.labelled import open_labelled, open_texts
 from program.model import Model, describe, open_model
 from program.parse import run as run_program
 from program.settings import Dataset, Run
@@ -187,8 +187,11 @@ def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset
                 epoch: Callable[[], Fraction], lora: Lora | None) -> tuple[Fraction, Callable[[Llama, int], dict]]:
     """Open --evaluate.input: (micro-steps between evaluations, the function (weights, steps done) -> its figures)."""
     every = run.evaluation.every_steps(epoch)
-    labels = open_labelled(run.evaluation, model, template, dataset.text_processor['add_bos_token'], run.seed,
-                           wait_for_all, lora)
+    bos = dataset.text_processor['add_bos_token']
+    if run.evaluation.task == 'text':
+        labels = open_texts(run.evaluation, model, bos, run.seed, wait_for_all, lora)
+    else:
+        labels = open_labelled(run.evaluation, model, template, bos, run.seed, wait_for_all, lora)
 
     def measure(params: Llama, done: int) -> dict:
         asked = time.perf_counter()
@@ -201,6 +204,9 @@ def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset
 
 def figures(row: dict) -> str:
     """Write the figures of an evaluation."""
+    if 'label_accuracy' not in row:
+        return ', '.join(f'{name.removeprefix("text_").replace("_", " ")} {row[name]:.2%}' for name in row
+                         if name.startswith('text_'))
     return (f'accuracy {row["label_accuracy"]:.2%}, macro F1 {row["label_f1"]:.2%}, loss {row["label_loss"]:.4f} '
             '(of the labels)')
 

@@ -339,15 +339,18 @@ TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_da
     Flag('save_model_freq', 0, 'steps between checkpoints; the final one is always saved', least=0),
     Flag('save_milestone_freq', 0, 'steps between checkpoints that are never deleted', least=0),
     Flag('eval_steps', 0, 'batches of eval_dataset measured at each logged row, the same ones each time', least=0),
-    Flag('evaluate_every', '', 'evaluate the labels of evaluate.input, by the code of evaluate.py, every so many '
-         'micro-steps (200) or parts of an epoch (0.5epoch), and at the end; empty: never'),
+    Flag('evaluate_every', '', 'evaluate the labels or texts of evaluate.input, by the code of evaluate.py, every so '
+         'many micro-steps (200) or parts of an epoch (0.5epoch), and at the end; empty: never'),
     Flag('evaluate.input', '', 'labelled set to evaluate, as evaluate.py takes it', path='asset'),
     *(flag._replace(name=f'evaluate.{flag.name}') for flag in PREPARE
       if flag.name in ('split', 'text_field', 'label_field')),
     *(flag._replace(name=f'evaluate.{flag.name}') for flag in EVALUATE if flag.name == 'sample_size'),
+    *(flag._replace(name=f'evaluate.{flag.name}') for flag in EVALUATE if flag.name == 'task'),
     Flag('evaluate.batch_size', 16, 'texts computed together', least=1),
-    Flag('keep_best', '', 'save the evaluation with the best accuracy, macro F1 or loss of the labels, and keep it '
-         'whatever checkpointer.keep says until a better one is saved; empty: none', ('', 'accuracy', 'f1', 'loss')),
+    Flag('evaluate.max_new_tokens', 128, 'most tokens of an answer, evaluate.task=text', least=1),
+    Flag('keep_best', '', 'save the evaluation with the best accuracy, macro F1 or loss of the labels (of texts: exact '
+         'match, token F1, F1 of fields), and keep it whatever checkpointer.keep says until a better one is saved; '
+         'empty: none', ('', 'accuracy', 'f1', 'loss', 'exact_match', 'token_f1', 'field_f1')),
     Flag('patience', 0, 'with keep_best: stop after so many evaluations that were no better; 0: never', least=0),
     Flag('profile_steps', '', "10:15 writes a trace of micro-steps 10 to 14 to DIR/profile for TensorBoard's profiler; "
          'empty: none'),

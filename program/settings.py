@@ -21,6 +21,7 @@ from model.lora import Lora
 from model.remat import remat_policy
 from program import flags as tables
 from program.parse import literals
+from training.best import METRICS
 from training.optimizer import AdamW, Hyperparameters, Palm
 
 REMAT = ('remat_block', 'remat_attention', 'remat_mlp')
@@ -175,6 +176,8 @@ class Evaluation:
     label_field: str
     sample_size: int
     batch_size: int
+    task: str
+    max_new_tokens: int
     keep_best: str
     patience: int
 
@@ -206,8 +209,12 @@ def read_evaluation(flags: ConfigDict) -> Evaluation | None:
     if not values['input']:
         raise Mistake(f'evaluate_every={every!r} needs --evaluate.input: a labelled set, as evaluate.py takes it')
     if flags.patience and not flags.keep_best:
-        raise Mistake(f'patience={flags.patience} needs --keep_best, which says what shall get better: accuracy, f1 '
-                      'or loss')
+        raise Mistake(f'patience={flags.patience} needs --keep_best, which says what shall get better, for example '
+                      'accuracy')
+    known = [name for name, row in METRICS.items() if row.startswith(values['task'])]
+    if flags.keep_best and flags.keep_best not in known:
+        raise Mistake(f'keep_best={flags.keep_best!r} is not measured with evaluate.task={values["task"]}: choose '
+                      f'{", ".join(known)}, or another --evaluate.task')
     if flags.keep_best and flags.checkpointer.format != 'native':
         raise Mistake(f'keep_best={flags.keep_best!r} needs --checkpointer.format=native: of format=easylm the next '
                       'checkpoint is written over the best')

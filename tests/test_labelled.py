@@ -17,6 +17,7 @@ import train
 from checkpoint import native
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
+from mistake import Mistake
 from model.config import Compute, LlamaConfig
 from model.partition import make_mesh
 from model.weights import init_params
@@ -79,6 +80,32 @@ def test_what_is_measured_on_the_way_is_evaluate_py_s_of_the_saved_checkpoint(go
     content = profile.read_bytes()
     for name in ('/attention/', '/ffn/', '/optimizer/', 'jvp(loss)/', 'transpose(jvp(loss))/'):
         assert name.encode() in content, name
+
+
+def test_texts_measured_on_the_way_are_evaluate_py_s_of_the_saved_checkpoint(golden, reviews, tmp_path):
+    """Beside adapters; the best by token F1 is kept, and nothing but what texts are measured by can be."""
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()[:6]]
+    records = tmp_path / 'records.jsonl'
+    records.write_text(''.join(json.dumps(dict(prompt=f'[Text]: {row["text"]}\n[Sentiment]:',
+                                               completion=f' {row["label"]}')) + '\n' for row in rows))
+    command = training(golden, tmp_path / 'run', records, '--total_steps=2', '--evaluate_every=1',
+                       '--evaluate.task=text', '--evaluate.max_new_tokens=3', '--lora.rank=4',
+                       OPTIMIZER + 'multiply_by_parameter_scale=False', OPTIMIZER + 'lr_warmup_steps=0')
+    run(*command, '--keep_best=token_f1')
+    *_, row = metrics(tmp_path / 'run')
+    base, = (word for word in command if word.startswith('--load_checkpoint='))
+    evaluate.main(parse.parse([
+        'evaluate.py', base, *(word for word in command if word.startswith(('--load_llama', '--tokenizer.vocab'))),
+        f'--adapter={tmp_path}/run/step_00000002', f'--input={records}', '--task=text', '--max_new_tokens=3',
+        '--mesh_dim=1,4,2', f'--output_dir={tmp_path}/out', '--rouge=False', '--batch_size=8'], flags.EVALUATE, ''))
+    report = json.loads((tmp_path / 'out/evaluation.json').read_text())['results']['text']['measures']
+    assert {'exact_match', 'token_f1'} <= set(report)
+    for name in ('exact_match', 'token_f1'):
+        assert row[f'text_{name}'] == pytest.approx(report[name]['value'], abs=1e-12)
+    assert native.Step(tmp_path / 'run').meta['best']['metric'] == 'token_f1'
+    with pytest.raises(Mistake, match="keep_best='accuracy' is not measured with evaluate.task=text: choose "
+                                      'exact_match, token_f1, field_f1'):
+        run(*command, '--keep_best=accuracy')
 
 
 # ---------------------------------------------------------------- the engine
