@@ -102,6 +102,10 @@ def open_texts(evaluation: Evaluation, model: Model, add_bos_token: bool, seed: 
     if evaluation.sample_size:
         chosen = np.random.default_rng(seed).permutation(len(records))[:evaluation.sample_size]
         records = [records[i] for i in sorted(chosen)]
+    wanted = max((len(model.tokenizer.encode(record.completion)), record.completion) for record in records)
+    if wanted[0] > evaluation.max_new_tokens:
+        raise Mistake(f'evaluate.max_new_tokens={evaluation.max_new_tokens}, but the completion {wanted[1][:60]!r} has '
+                      f'{wanted[0]} tokens, which no answer could reach: raise it')
     prompts = [record.prompt for record in records]
     lengths = [add_bos_token + len(model.tokenizer.encode(prompt)) for prompt in prompts]
     texts, programs = room(evaluation, model, prompts, lengths, evaluation.max_new_tokens, add_bos_token, None,
