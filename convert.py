@@ -3,6 +3,9 @@
 Reads whatever --load_checkpoint reads, one tensor at a time, and writes the weights as a checkpoint of ours (native), a
 Hugging Face directory (hf), or what EasyLM reads (easylm: streaming_params, llama_config.json and the tokenizer).
 Needs no accelerator, and memory for a few tensors, not for the model.
+
+  python convert.py --load_checkpoint=BASE --adapter=DIR --merge=True --format=hf --output=NEW_DIR    merged weights
+  python convert.py --load_checkpoint=BASE --adapter=DIR --format=peft --output=NEW_DIR    the adapter alone, as PEFT's
 """
 import json
 from pathlib import Path
@@ -13,7 +16,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import Source, native
+from checkpoint import Source, adapter, native
+from checkpoint.adapter import AdaptedSource
 from checkpoint.formats.reading import tensors_of
 from checkpoint.source import describe
 from checkpoint.writing import appears_whole
@@ -29,12 +33,15 @@ UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 
 def main(flags: ConfigDict) -> None:
     output, shard_bytes = Path(flags.output), check_flags(flags)
-    source = checkpoint.open(flags.load_checkpoint)
+    source = checkpoint.open(flags.load_checkpoint, flags.adapter)
     config = named_config(flags.load_llama_config) if flags.load_llama_config else source.config
     if config is None:
         raise Mistake(f'load_checkpoint={source.spec!r} does not say the sizes of the model: give them as '
                       '--load_llama_config, for example 3b')
     tokenizer = find_tokenizer(flags, source, config)
+    if flags.adapter and not flags.merge:
+        convert_adapter(output, source, config, tokenizer, flags)
+        return
     reader = source.reader(config)
     with tqdm(total=len(tensors_of(config)), unit=' tensors', desc=f'{source.spec} -> {flags.format}') as bar:
         def tensor(name: str, layer: int | None) -> np.ndarray:
@@ -51,6 +58,8 @@ def main(flags: ConfigDict) -> None:
             write_easylm(output, tensor, config, tokenizer, flags.float_dtype)
     if flags.format != 'native' and source.template:
         print(f'left out: the prompt template, for which {flags.format} has no place')
+    if flags.format != 'native' and source.chat_template:
+        print(f'left out: the chat template; write it beside the tokenizer of {output} if it shall chat')
     print(f'wrote {output}; use it with {usage(output, flags.format, tokenizer)}', flush=True)
 
 
@@ -60,6 +69,13 @@ def check_flags(flags: ConfigDict) -> int:
         if not flags[name]:
             raise Mistake(f'{name} is empty: give --load_checkpoint=TYPE::PATH, --format=native, hf or easylm, and '
                           '--output=NEW_DIRECTORY')
+    if flags.merge and not flags.adapter:
+        raise Mistake('merge=True needs an adapter to merge: give --adapter=DIR')
+    if flags.format == 'peft' and (flags.merge or not flags.adapter):
+        raise Mistake("format='peft' is written of an adapter alone: give --adapter=DIR, and no --merge")
+    if flags.adapter and not flags.merge and flags.format not in ('native', 'peft'):
+        raise Mistake(f'adapter={flags.adapter!r} alone is written as native or peft: for weights in '
+                      f'format={flags.format!r} add --merge=True')
     if Path(flags.output).exists():
         raise Mistake(f'output={flags.output!r} exists already: nothing is written over it; choose another path')
     if flags.format == 'native' and flags.float_dtype != 'fp32':
@@ -87,6 +103,21 @@ def find_tokenizer(flags: ConfigDict, source: Source, config: LlamaConfig) -> To
     return tokenizer
 
 
+def convert_adapter(output: Path, source: AdaptedSource, config: LlamaConfig, tokenizer: Tokenizer | None,
+                    flags: ConfigDict) -> None:
+    """Write the adapter of `source` alone, as one of ours or as PEFT's."""
+    if flags.format == 'native':
+        with appears_whole(output) as temporary:
+            adapter.write_native(temporary, source, config, tokenizer)
+    else:
+        from checkpoint.formats import peft  # its libraries are extras
+        source.reader(config)  # refuses an adapter of another base
+        peft.write(output, source.adapter.lora, source.adapter.arrays(config), config, source.path, flags.float_dtype)
+        if source.adapter.template:
+            print('left out: the prompt template, for which peft has no place')
+    print(f'wrote {output}; use it with --load_checkpoint={source.spec} --adapter={output}', flush=True)
+
+
 def write_native(output: Path, tensor, config: LlamaConfig, tokenizer: Tokenizer | None, source: Source) -> None:
     """Write a checkpoint of ours at the step of the source, each stacked weight a layer at a time."""
     arrays = {}
@@ -96,7 +127,7 @@ def write_native(output: Path, tensor, config: LlamaConfig, tokenizer: Tokenizer
             slices = map(lambda layer, name=spec.name: tensor(name, layer), [None])
         arrays[f'params.{spec.name}'] = native.Streamed(
             spec.shape, np.dtype(np.float32), 1 if spec.stacked else spec.shape[0], slices)
-    meta, files = describe(config, tokenizer, source.template, source.add_bos_token)
+    meta, files = describe(config, tokenizer, source.template, source.add_bos_token, source.chat_template)
     with appears_whole(output) as temporary:
         native.save(temporary, source.step, arrays, meta, files, keep=1)
 

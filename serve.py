@@ -27,6 +27,9 @@ from pathlib import Path
 import jax
 import uvicorn
 
+import checkpoint
+from checkpoint.adapter import AdaptedSource, describe_adapter
+from data.chat import ChatTemplate
 from data.prompt import PromptTemplate
 from evaluation.calibration import read_temperature
 from hosts import processes
@@ -36,8 +39,8 @@ from model.partition import check_rows
 from model.weights import weight_specs
 from program import flags, parse, settings
 from program.model import Model, describe, open_model
-from serving.api import Options, make_app
-from serving.chat import ChatTemplate, choose_template
+from serving.api import Options, Variant, make_app
+from serving.chat import choose_template
 from serving.engine import Engine, make_engine
 from serving.followers import CallLine, follow
 from serving.guard import MAX_HEADER_BYTES, Protocol
@@ -53,7 +56,8 @@ def main(config) -> None:
     start_processes(config)
     load, compute = settings.read_load(config), settings.read_compute(config)
     if processes.index() > 0:
-        engine, _ = load_engine(config, open_model(load, compute))
+        model = open_model(load, compute)
+        engine, _ = load_engine(config, model, open_adapters(config.lm_server.adapters, load, model, options))
         return follow(engine, warm_up, config.num_beams, CallLine())
     if config.lm_server.logging:
         sys.stdout.reconfigure(errors='backslashreplace')  # requests hold characters that the terminal may not have
@@ -67,13 +71,17 @@ def main(config) -> None:
                   f'{host}:{port} can use this model.', flush=True)
     with listener:
         model = open_model(load, compute)
-        engine, texts = load_engine(config, model)
+        variants = open_adapters(config.lm_server.adapters, load, model, options)
+        engine, texts = load_engine(config, model, variants)
         started = time.monotonic()
         line = CallLine() if processes.count() > 1 else None
         thread = EngineThread(engine, config.lm_server.queue_size, warm_up, config.num_beams, line)
-        options = dataclasses.replace(options, calibration_temperature=read_temperature(
-            model.source and model.source.native and Path(model.source.native.path)))
-        app = make_app(thread, texts, options, info_of(model), chat_of(config.lm_server, model, options))
+        options = dataclasses.replace(options, calibration_temperature=calibration_of(model.source))
+        chat = chat_of(config.lm_server, model.source, model, options)
+        named = {name: Variant(number, source.template, calibration_of(source),
+                               chat_of(config.lm_server, source, model, options, name))
+                 for number, (name, source) in enumerate(variants.items(), 1)}
+        app = make_app(thread, texts, options, info_of(model), chat, named)
         server = Server(app, thread, config.lm_server.drain_seconds)
 
         def announce(warm):
@@ -115,7 +123,8 @@ def options_of(config) -> Options:
     """Take the flags of the HTTP side."""
     flags_of, names = config.lm_server, {field.name for field in dataclasses.fields(Options)}
     taken = {name: value for name, value in flags_of.items() if name in names}
-    taken['model_name'] = flags_of.model_name or Path(config.load_checkpoint.rpartition('::')[2]).name or 'model'
+    weights = config.adapter or config.load_checkpoint.rpartition('::')[2]
+    taken['model_name'] = flags_of.model_name or Path(weights).name or 'model'
     drawing = {name: config[name] for name in ('top_k', 'top_p', 'do_sample', 'num_beams')}
     return Options(**taken, **drawing, key_digest=read_key(flags_of.api_key_file))
 
@@ -140,18 +149,48 @@ def read_key(path: str) -> bytes | None:
     return hashlib.sha256(key.encode()).digest()
 
 
-def chat_of(lm_server, model: Model, options: Options) -> ChatTemplate | None:
-    """Choose the chat template, and say which."""
-    found = choose_template(lm_server.chat_template, model.source and model.source.chat_template, model.tokenizer,
-                            options)
-    print(f'chat template: {found.name if found else "none"}', flush=True)
+def chat_of(lm_server, source, model: Model, options: Options, name: str = '') -> ChatTemplate | None:
+    """Choose the chat template of the model, or of the adapter `name`, and say which."""
+    found = choose_template(lm_server.chat_template, source and source.chat_template, model.tokenizer, options)
+    print(f'chat template{name and f" of {name}"}: {found.name if found else "none"}', flush=True)
+    return found
+
+
+def calibration_of(source) -> float:
+    """Read the temperature that evaluate.py --calibrate left in a checkpoint; 1 where there is none."""
+    return read_temperature(source and source.native and Path(source.native.path))
+
+
+def open_adapters(given: str, load, model: Model, options: Options) -> dict[str, AdaptedSource]:
+    """Open --lm_server.adapters: name -> the checkpoint with that adapter.
+
+    Raises Mistake, naming the flag, for what is no NAME=DIR, a name that is taken, and an adapter that expects other
+    tokens than the model.
+    """
+    found: dict[str, AdaptedSource] = {}
+    for part in filter(None, (part.strip() for part in given.split(','))):
+        name, _, path = part.partition('=')
+        where = f'lm_server.adapters={given!r}'
+        if not name or not path or name in (options.model_name, *found):
+            raise Mistake(f'{where}: {part!r} must be NAME=DIR with a name that is not taken')
+        if load.adapter:
+            raise Mistake(f'{where} and adapter={load.adapter!r}: an adapter belongs to the weights as they were, so '
+                          'give it a name here, too, and leave --adapter out')
+        source = checkpoint.open(load.checkpoint, str(Path(path).expanduser()))
+        if source.tokenizer and source.tokenizer.fingerprint != model.tokenizer.fingerprint:
+            raise Mistake(f'{where}: {path} was trained with another tokenizer than that of the model')
+        if source.add_bos_token not in (None, model.add_bos_token):
+            raise Mistake(f'{where}: {path} was trained with add_bos_token={source.add_bos_token}, and the model is '
+                          f'served with {model.add_bos_token}: give --add_bos_token={source.add_bos_token}')
+        found[name] = source
     return found
 
 
 def info_of(model: Model) -> dict:
     """What /info tells of the model."""
     parameters = sum(spec.size for spec in jax.tree.leaves(weight_specs(model.config)))
-    return dict(parameters=parameters, dtype=model.compute.dtype, platform=jax.devices()[0].platform)
+    adapter = describe_adapter(model.source) if model.source and model.source.adapter else None
+    return dict(parameters=parameters, dtype=model.compute.dtype, platform=jax.devices()[0].platform, adapter=adapter)
 
 
 # ---------------------------------------------------------------- the address
@@ -240,7 +279,7 @@ def curl_line(host: str, port: int, template: PromptTemplate | None) -> str:
 # ---------------------------------------------------------------- the model
 
 
-def load_engine(config, model: Model) -> tuple[Engine, Texts]:
+def load_engine(config, model: Model, variants: dict[str, AdaptedSource] | None = None) -> tuple[Engine, Texts]:
     """Check what the engine needs, load the weights, and say what was loaded."""
     spec, path, server = config.load_checkpoint, config.tokenizer.vocab_file, config.lm_server
     if not spec:
@@ -259,8 +298,11 @@ def load_engine(config, model: Model) -> tuple[Engine, Texts]:
     engine = make_engine(lambda: model.load_params(config.seed), model.config, model.compute, model.mesh,
                          model.tokenizer, batch_size=server.batch_size, length=config.seq_length,
                          answer_tokens=texts.max_new_tokens, weight_dtype=server.weight_dtype,
-                         cache_dtype=server.cache_dtype, seed=config.seed, prefix_reuse=server.prefix_reuse)
-    print(f'loaded {spec} in {time.monotonic() - started:.1f} s', flush=True)
+                         cache_dtype=server.cache_dtype, seed=config.seed, prefix_reuse=server.prefix_reuse,
+                         adapters=[(source.load_adapter(model.config), source.adapter.lora)
+                                   for source in (variants or {}).values()])
+    beside = f' and adapter {config.adapter}' if config.adapter else ''
+    print(f'loaded {spec}{beside} in {time.monotonic() - started:.1f} s', flush=True)
     return engine, texts
 
 

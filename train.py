@@ -31,8 +31,8 @@ from mistake import Mistake
 from model.lora import Lora, adapted, adapter_specs
 from model.weights import Llama, init_weights, weight_specs
 from program import flags, settings
-from program.data import continued, epoch_length, open_batches, read_template
-from program.labelled import open_labelled
+from program.data import chat_template_of, continued, epoch_length, open_batches, read_template
+from program.labelled import open_labelled, open_texts
 from program.model import Model, describe, open_model
 from program.parse import run as run_program
 from program.settings import Dataset, Run
@@ -68,7 +68,7 @@ def main(flags) -> None:
     dataset, position = settings.read_dataset(flags, 'train_dataset'), None
     if run.load_dataset_state:
         dataset, position = continued(dataset, run.load_dataset_state)
-    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed)
+    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed, model.source)
     template = read_template(dataset) or model.template
     epoch = functools.cache(lambda: epoch_length(batches, dataset))
     total_steps = run.total_steps or math.ceil(run.epochs * epoch())
@@ -98,7 +98,8 @@ def main(flags) -> None:
               '--patience')
         return
     adapter = identify(lora, model, resumed) if lora else None
-    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps, best, adapter)
+    write = checkpoint_writer(run, model, hyper, dataset, template, total_steps,
+                              chat_template_of(batches, model.source), best, adapter)
     print(f'{total_steps} steps of {batches.batch_size} rows up to {batches.seq_length} tokens\n'
           f'prompt template: {template}', flush=True)
     base = model.load_params(run.seed, lora.base_dtype) if lora else None
@@ -131,6 +132,8 @@ def main(flags) -> None:
                              every)
     step = CompiledStep(Setting(model.config, model.compute, hyper, accumulate, model.mesh, load.mesh_dim, lora),
                         tqdm.write, wait_for_all, f'{dataset.flag}.batch_size', frozen=base)
+    if profile:  # a program from the cache would have the names that the code had when it was compiled
+        jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
     trace = Trace(run.output_dir / 'profile', profile, tqdm.write) if profile and processes.index() == 0 else None
     state, done = loop.train(state, batches, step, model.mesh, schedule, writer, data_position=lambda: batches.metrics,
                              weights_of=lambda state: adapted(base, state.params, lora) if lora else state.params,
@@ -175,7 +178,8 @@ def open_evaluation(run: Run, dataset: Dataset, model: Model, lora: Lora | None)
     """Open the first eval_steps batches of eval_dataset as training/evaluation.py wants them; None for 0."""
     if not run.eval_steps:
         return None
-    batches = list(islice(open_batches(dataset, model.tokenizer, model.mesh, run.seed), run.eval_steps))
+    batches = open_batches(dataset, model.tokenizer, model.mesh, run.seed, model.source)
+    batches = list(islice(batches, run.eval_steps))
     return evaluator(batches, model.config, model.compute, model.mesh, wait_for_all, lora)
 
 
@@ -183,8 +187,11 @@ def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset
                 epoch: Callable[[], Fraction], lora: Lora | None) -> tuple[Fraction, Callable[[Llama, int], dict]]:
     """Open --evaluate.input: (micro-steps between evaluations, the function (weights, steps done) -> its figures)."""
     every = run.evaluation.every_steps(epoch)
-    labels = open_labelled(run.evaluation, model, template, dataset.text_processor['add_bos_token'], run.seed,
-                           wait_for_all, lora)
+    bos = dataset.text_processor['add_bos_token']
+    if run.evaluation.task == 'text':
+        labels = open_texts(run.evaluation, model, bos, run.seed, wait_for_all, lora)
+    else:
+        labels = open_labelled(run.evaluation, model, template, bos, run.seed, wait_for_all, lora)
 
     def measure(params: Llama, done: int) -> dict:
         asked = time.perf_counter()
@@ -197,6 +204,9 @@ def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset
 
 def figures(row: dict) -> str:
     """Write the figures of an evaluation."""
+    if 'label_accuracy' not in row:
+        return ', '.join(f'{name.removeprefix("text_").replace("_", " ")} {row[name]:.2%}' for name in row
+                         if name.startswith('text_'))
     return (f'accuracy {row["label_accuracy"]:.2%}, macro F1 {row["label_f1"]:.2%}, loss {row["label_loss"]:.4f} '
             '(of the labels)')
 
@@ -291,7 +301,8 @@ def identify(lora: Lora, model: Model, resumed: native.Step | None) -> dict:
 
 def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: Dataset,
                       template: PromptTemplate | None, total_steps: int,
-                      best: Best | None = None, adapter: dict | None = None) -> Callable[[dict, int, dict], Path]:
+                      chat_template: str | None = None, best: Best | None = None,
+                      adapter: dict | None = None) -> Callable[[dict, int, dict], Path]:
     """Make the function (arrays, steps done, position in the data) -> path that writes a checkpoint.
 
     best: its mark goes into the manifest, and its step stays.  adapter: of `identify`, for the manifest.  What the
@@ -303,7 +314,7 @@ def checkpoint_writer(run: Run, model: Model, hyper: Hyperparameters, dataset: D
             print('WARNING: checkpointer.save_optimizer_state=False: the checkpoints of this run can be served, but it '
                   'cannot be resumed from them', flush=True)
         meta, files = describe_checkpoint(model.config, model.tokenizer, template,
-                                          dataset.text_processor['add_bos_token'])
+                                          dataset.text_processor['add_bos_token'], chat_template)
         mark = lambda: dict(best=best.mark) if best else {}
         meta |= (adapter or {}) | dict(flags=values)
         return lambda arrays, done, position: native.save(

@@ -21,7 +21,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -344,7 +344,8 @@ class Step:
             raise Mistake(f'{self.path / MANIFEST} is missing or corrupt' + _other_steps(self.path)
                           if self.path.is_dir() else
                           f'{str(directory)!r} holds no step {step}; complete steps: {steps(directory)}')
-        self.meta, self.files, self._stores = self._manifest['meta'], self._manifest['files'], {}
+        self.meta, self.files = self._manifest['meta'], self._manifest['files']
+        self._stores, self._verified = {}, set()
         self.arrays = {name: (tuple(entry['shape']), entry['dtype'])
                        for name, entry in self._manifest['arrays'].items()}
 
@@ -367,14 +368,27 @@ class Step:
             _verify(self.path, self._manifest, [name])
             return (self.path / name).read_bytes()
 
-    def read(self, name: str, row: int | None) -> np.ndarray:
-        """Read row `row` of an array, or for None the whole.  Its files are compared with their sha256 once."""
+    def read(self, name: str, row: int | None, bounds: shards.Bounds | None = None) -> np.ndarray:
+        """Read row `row` of an array, or for None the whole; of either the part within `bounds`, if given.
+
+        The array's files, with bounds those of them that it touches, are compared with their sha256, each once.
+        """
         with self._reading():
+            path = self.path / 'arrays' / name
             if name not in self._stores:
-                _verify(self.path, self._manifest, [file for file in self.files if file.startswith(f'arrays/{name}/')])
-                self._stores[name] = _open_store(self.path / 'arrays' / name)
+                self._verify_once([path / 'zarr.json'])
+                self._stores[name] = _open_store(path)
             store = self._stores[name]
-            return (store if row is None else store[row]).read().result()
+            rows = () if row is None else (slice(row, row + 1),)
+            index = (*rows, *(slice(*part) for part in bounds or ()))
+            self._verify_once(_chunk_files(path, store, index if bounds else ()))
+            part = store[index].read().result()
+            return part if row is None else part[0]
+
+    def _verify_once(self, files: Iterable[Path]) -> None:
+        fresh = sorted({file.relative_to(self.path).as_posix() for file in files} - self._verified)
+        _verify(self.path, self._manifest, fresh)
+        self._verified.update(fresh)
 
     def restore(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Read the arrays named in `targets`, each onto the sharding of its target.

@@ -44,9 +44,13 @@ def fill(target: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray]) -> 
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
 
-def fill_stack(target: jax.ShapeDtypeStruct, read: Callable[[int, Bounds], np.ndarray]) -> jax.Array:
-    """Fill a stack [N, ..] likewise, from read(layer, bounds of a part of that layer's tensor)."""
-    if slice_bytes(target, stacked=True) == slice_bytes(target, stacked=False):
+def fill_stack(target: jax.ShapeDtypeStruct, read: Callable[[int, Bounds], np.ndarray],
+               by_layer: bool = False) -> jax.Array:
+    """Fill a stack [N, ..] likewise, from read(layer, bounds of a part of that layer's tensor).
+
+    by_layer: ask for all parts of a layer before the next one, also of a small stack.
+    """
+    if not by_layer and slice_bytes(target, stacked=True) == slice_bytes(target, stacked=False):
         return fill(target, lambda bounds: np.stack([read(layer, bounds[1:]).astype(target.dtype, copy=False)
                                                      for layer in range(*bounds[0])]))
     layers, *shape = target.sharding.shard_shape(target.shape)

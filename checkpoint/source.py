@@ -1,4 +1,4 @@
-"""Open `--load_checkpoint=TYPE::PATH` once: configuration, tokenizer, prompt template, weights.  Next: formats/.
+"""Open `--load_checkpoint=TYPE::PATH` once: configuration, tokenizer, prompt template, weights.  Next: adapter.py.
 
   bare PATH   our own checkpoint (native.py): a directory of steps (the newest is taken), or one step_N directory
   hf::        Hugging Face directory with safetensors (formats/huggingface.py)
@@ -14,6 +14,7 @@ opened.
 """
 import difflib
 import functools
+import hashlib
 import logging
 from pathlib import Path
 
@@ -22,32 +23,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoint import native, shards
-from checkpoint.formats.reading import tensors_of
+from checkpoint.formats.reading import Bounds, tensors_of
 from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer, load_tokenizer, read_object, tokenizer_from_bytes, tokenizer_from_json
 from hosts import processes
 from mistake import Mistake
 from model.config import LlamaConfig, config_from_dict, config_to_dict
-from model.weights import Llama, WeightSpec, abstract_params, by_name, weight_specs
+from model.lora import abstract_base
+from model.quantized import Int8, is_quantized, rounded_columns
+from model.weights import Llama, WeightSpec, weight_specs
 
 EASYLM = ('params', 'trainstate', 'trainstate_params', 'flax_params')
 TYPES = ('hf', 'gguf', *EASYLM)
 _log = logging.getLogger(__name__)
 
 
-def open(spec: str) -> 'Source':
-    """Open a checkpoint by its TYPE::PATH; of a run's directory the step that is now the newest, for good.
-
-    Raises Mistake for a spec that names nothing readable.  Several processes call it together and open the same step.
-    """
-    return Source(spec)
-
-
 class Source:
     """A checkpoint that was opened: everything is read when first asked for, once, and from the same step or file.
 
-    spec, kind ('native' or one of TYPES), path: as given.  native: the opened native.Step, None for foreign files.
+    Raises Mistake for a spec that names nothing readable.  Several processes open it together, at the same step.
+    adapter: None; adapter.py's AdaptedSource has one.  spec, kind ('native' or one of TYPES), path: as given.  native:
+    the opened native.Step, None for foreign files.
     """
+
+    adapter = None
 
     def __init__(self, spec: str):
         self.spec = spec
@@ -70,8 +69,7 @@ class Source:
     def tokenizer(self) -> Tokenizer | None:
         """Read the tokenizer that comes with the weights; None without one, Mistake for one that is not supported."""
         if self.kind == 'hf':
-            known = any((Path(self.path) / name).is_file() for name in ('tokenizer.json', 'tokenizer.model'))
-            return load_tokenizer(self.path) if known else None
+            return tokenizer_in(Path(self.path))
         if self.kind == 'gguf':
             return tokenizer_from_json(*self._reader.tokenizer_json(), source=self.path)
         stated = self._meta('tokenizer')
@@ -89,32 +87,18 @@ class Source:
         """Tell whether the weights were trained on texts that begin with bos; None if nothing says so."""
         if self.kind == 'gguf':
             return self._reader.add_bos_token
-        stated = Path(self.path) / 'tokenizer_config.json'
-        if self.kind == 'hf' and stated.is_file():
-            value = read_object(stated).get('add_bos_token')
-            return value if isinstance(value, bool) else None
-        return self._meta('add_bos_token')
+        return add_bos_token_in(Path(self.path)) if self.kind == 'hf' else self._meta('add_bos_token')
 
     @functools.cached_property
     def chat_template(self) -> str | None:
-        """Return the chat template (Jinja) that comes with the tokenizer of hf:: and gguf::; None without one.
+        """Return the chat template (Jinja) that comes with the tokenizer of hf:: and gguf::, or the one that a native
+        checkpoint was trained with (Jinja, or a name of data/chat.py's table); None without one.
 
         Raises Mistake for one that is no text.
         """
         if self.kind == 'gguf':
             return self._reader.chat_template
-        if self.kind != 'hf':
-            return None
-        own, stated = Path(self.path) / 'chat_template.jinja', Path(self.path) / 'tokenizer_config.json'
-        if own.is_file():
-            return own.read_text(encoding='utf-8')
-        found = read_object(stated).get('chat_template') if stated.is_file() else None
-        if isinstance(found, list):  # several, by name
-            found = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)
-                     }.get('default')
-        if not isinstance(found, str | None):
-            raise Mistake(f'{stated}: chat_template is neither text nor a list with one named default')
-        return found
+        return chat_template_in(Path(self.path)) if self.kind == 'hf' else self._meta('chat_template')
 
     @functools.cached_property
     def step(self) -> int:
@@ -125,21 +109,17 @@ class Source:
             return read_step(reader)
         return self.native.number if self.native else 0
 
-    def load_params(self, config: LlamaConfig, mesh: Mesh) -> Llama:
-        """Load the weights: float32, on the shardings of `abstract_params(config, mesh)`.
+    def load_params(self, config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32', reader=None) -> Llama:
+        """Load the weights on the shardings of `abstract_base(config, mesh, dtype)`: float32, or what adapters train
+        beside, as 'bf16' or 'int8' (a layer's matrix at a time; the device never has it in float32).
 
-        Raises Mistake for a checkpoint of another shape than `config`.
+        reader: what gives them instead of `self.reader(config)`.  Raises Mistake for a checkpoint of another shape than
+        `config`.
         """
-        targets = abstract_params(config, mesh)
-        if self.native:
-            self._refuse_misfit(_other_heads(self.config, config))
-            leaves = self.native.restore(by_name(targets, config, 'params')).values()
-        else:
-            reader, specs = self.reader(config), jax.tree.leaves(weight_specs(config))
-            leaves = [_assemble(reader, spec, target) for spec, target in
-                      zip(specs, jax.tree.leaves(targets), strict=True)]
-            del reader, self._reader  # a flax_params file is in memory as a whole: not through the training
-        return jax.tree.unflatten(jax.tree.structure(targets), leaves)
+        read = functools.partial(_assemble, reader or self.reader(config))
+        params = jax.tree.map(read, weight_specs(config), abstract_base(config, mesh, dtype))
+        del self._reader  # a flax_params file is in memory as a whole: not through the training
+        return params
 
     def load_train_state(self, config: LlamaConfig, targets: dict[str, jax.ShapeDtypeStruct],
                          parameter_scale: bool) -> dict[str, jax.Array]:
@@ -168,6 +148,22 @@ class Source:
                 arrays[name] = _assemble(readers[what], specs[weight], target)
         del self._reader
         return arrays
+
+    def fingerprint(self, config: LlamaConfig) -> str:
+        """Hash what tells these weights from others, whatever the format: sha256 as hex digits.
+
+        Of every layer's tensors, the embedding and the head: their names, shapes, and a corner of their values as
+        float32, 16 rows of a head's width (a norm as a whole).  So a copy in another format is the same base, one that
+        was rounded another.  Little is read.  Raises Mistake for another shape than `config`.
+        """
+        reader, digest = self.reader(config), hashlib.sha256()
+        for spec, layer in tensors_of(config):
+            shape = spec.shape[spec.stacked:]
+            corner = tuple((0, min(size, most)) for size, most in zip(shape, (16, config.head_dim), strict=True)
+                           ) if len(shape) == 2 else ((0, *shape),)
+            digest.update(f'{spec.name} {layer} {shape}'.encode())
+            digest.update(np.ascontiguousarray(reader.tensor(spec.name, layer, corner), '<f4').tobytes())
+        return digest.hexdigest()
 
     def reader(self, config: LlamaConfig):
         """Return the reader of any checkpoint, ours too: (name, layer) -> tensor, once all shapes are `config`'s.
@@ -234,18 +230,47 @@ class _NativeReader:
     def shape(self, name: str, layer: int | None) -> tuple[int, ...] | None:
         return self._shapes.get(self.source(name, layer))
 
-    def tensor(self, name: str, layer: int | None) -> np.ndarray:
-        return self._step.read(f'params.{name}', layer)
+    def tensor(self, name: str, layer: int | None, bounds: Bounds = None) -> np.ndarray:
+        return self._step.read(f'params.{name}', layer, bounds)
+
+
+# ---------------------------------------------------------------- what a Hugging Face directory says beside its weights
+
+
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+    """Read the tokenizer of a directory; None without one."""
+    known = any((directory / name).is_file() for name in ('tokenizer.json', 'tokenizer.model'))
+    return load_tokenizer(directory) if known else None
+
+
+def add_bos_token_in(directory: Path) -> bool | None:
+    """Read what tokenizer_config.json says of bos; None where it says nothing."""
+    stated = directory / 'tokenizer_config.json'
+    value = read_object(stated).get('add_bos_token') if stated.is_file() else None
+    return value if isinstance(value, bool) else None
+
+
+def chat_template_in(directory: Path) -> str | None:
+    """Read the chat template; None without one, Mistake for one that is no text."""
+    own, stated = directory / 'chat_template.jinja', directory / 'tokenizer_config.json'
+    if own.is_file():
+        return own.read_text(encoding='utf-8')
+    found = read_object(stated).get('chat_template') if stated.is_file() else None
+    if isinstance(found, list):  # several, by name
+        found = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)}.get('default')
+    if not isinstance(found, str | None):
+        raise Mistake(f'{stated}: chat_template is neither text nor a list with one named default')
+    return found
 
 
 # ---------------------------------------------------------------- what a native checkpoint says beside its arrays
 
 
 def describe(config: LlamaConfig, tokenizer: Tokenizer | None, template: PromptTemplate | None,
-             add_bos_token: bool | None = None) -> tuple[dict, dict]:
+             add_bos_token: bool | None = None, chat_template: str | None = None) -> tuple[dict, dict]:
     """Return (meta, files) for native.save, such that a Source gives them back."""
     meta = dict(model=config_to_dict(config), template=template.to_dict() if template else None, tokenizer=None,
-                add_bos_token=add_bos_token)
+                add_bos_token=add_bos_token, chat_template=chat_template)
     if tokenizer is None:
         return meta, {}
     meta['tokenizer'] = dict(file_name=tokenizer.file_name, fingerprint=tokenizer.fingerprint,
@@ -269,14 +294,20 @@ def read_run(path: str) -> tuple[dict, dict]:
 # ---------------------------------------------------------------- weights
 
 
-def host_bytes(config: LlamaConfig, mesh: Mesh) -> int:
+def host_bytes(config: LlamaConfig, mesh: Mesh, dtype: str = 'fp32') -> int:
     """Return the most bytes that each process needs on its host, beside its devices' memory, to load the weights.
 
-    `mesh` may be one of a described topology.  The rule: shards.SLICES times the largest thing that is read at a time.
+    `mesh` may be one of a described topology.  The rule: shards.SLICES times the largest thing that is read at a time,
+    as float32; as int8 that is of a layer's matrix whole columns, since one factor belongs to each, and the matrix as
+    int8 beside it.
     """
-    targets = jax.tree.leaves(abstract_params(config, mesh))
-    return shards.SLICES * max(shards.slice_bytes(target, spec.stacked) for spec, target in
-                               zip(jax.tree.leaves(weight_specs(config)), targets, strict=True))
+    def needed(spec: WeightSpec, target: jax.ShapeDtypeStruct | Int8) -> int:
+        if is_quantized(target):
+            rows, columns = spec.shape[1], target.values.sharding.shard_shape(spec.shape)[2]
+            return shards.SLICES * 4 * rows * columns + spec.size // spec.shape[0]
+        return shards.SLICES * 4 * shards.slice_bytes(target, spec.stacked) // target.dtype.itemsize
+
+    return max(jax.tree.leaves(jax.tree.map(needed, weight_specs(config), abstract_base(config, mesh, dtype))))
 
 
 def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
@@ -286,11 +317,30 @@ def _other_heads(stored: LlamaConfig, config: LlamaConfig) -> list[str]:
             if getattr(stored, field) != getattr(config, field)]
 
 
-def _assemble(reader, spec: WeightSpec, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _assemble(reader, spec: WeightSpec, target: jax.ShapeDtypeStruct | Int8) -> jax.Array | Int8:
     """Read one weight, no slice of its tensors twice."""
+    if is_quantized(target):
+        return _quantized(reader, spec, target)
     if spec.stacked:
         return shards.fill_stack(target, functools.partial(reader.tensor, spec.name))
     return shards.fill(target, functools.partial(reader.tensor, spec.name, None))
+
+
+def _quantized(reader, spec: WeightSpec, target: Int8) -> Int8:
+    """Read one stack of matrices, and round whole columns of a layer on the host as quantized.quantize does."""
+    columns = {bounds[2] for bounds in shards.shard_indices(target.shape, target.values.sharding)}
+    factors = {}
+
+    @functools.lru_cache(len(columns))  # devices that hold other rows of these columns come next
+    def whole(layer: int, start: int, stop: int) -> np.ndarray:
+        w = reader.tensor(spec.name, layer, ((0, spec.shape[1]), (start, stop)))
+        factors[layer, (start, stop)], values = rounded_columns(w)
+        return values
+
+    values = shards.fill_stack(
+        target.values, lambda layer, bounds: whole(layer, *bounds[1])[slice(*bounds[0])], by_layer=True)
+    return Int8(values, shards.fill(target.factors, lambda bounds: np.stack(
+        [factors[layer, bounds[1]] for layer in range(*bounds[0])])), target.weight_only)
 
 
 # ---------------------------------------------------------------- specs

@@ -1,8 +1,8 @@
 """A batch of arrays, and the parts that both ways to make batches share: saved state and its checks, throughput.
 
-stream.py packs all records into one stream of tokens, as EasyLM does; rows.py puts one record in a row.  Both are
-endless and resumable to the bit: `state()` belongs to the batch last returned, and after `restore(state)` comes the
-batch that would have followed it.  Both read records from a RecordReader or a HuggingfaceReader (below); the training
+stream.py packs all records into one stream of tokens, as EasyLM does; rows.py puts one record in a row, or several
+whole ones.  Both are endless and resumable to the bit: `state()` belongs to the batch last returned, and after
+`restore(state)` comes the batch that would have followed it.  Both read records from a Reader (below); the training
 loop reads them (above).
 """
 import json
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from data.huggingface import HuggingfaceReader
+from data.mixture import Mixture
 from data.records import RecordReader
 from mistake import Mistake
 
-Reader = RecordReader | HuggingfaceReader
+Reader = RecordReader | HuggingfaceReader | Mixture
 STREAM_STATE = 'start', 'index', 'dropped', 'skipped_lines', 'total_tokens'  # whole numbers of a PackedStream's state
 ROWS_STATE = 'epoch', 'batch', 'total_tokens'
 DAMAGED = ('the state is damaged, or belongs to other data: continue from another checkpoint or state file, or start '
@@ -31,6 +32,9 @@ class Batch(NamedTuple):
     loss_positions_BP int32: the positions t whose next token carries loss, then zeros; None means P = T, all in order.
     targets_BP int32: the token after that position.  loss_mask_BP float32: 1 where it counts, 0 elsewhere.
     row_weight_B float32: 0 for a row that only fills the batch up; the loss is a weighted mean over rows.
+    positions_BT int32: a token's place in its record; None: its place in the row.
+    loss_share_BP float32: the part of each target in the mean, all together 1; None: the mean over rows of each row's
+    mean.  loss_weight_BP float32: the factor of its loss, by which the mean is not divided; None: 1.
     """
 
     tokens_BT: np.ndarray
@@ -39,6 +43,9 @@ class Batch(NamedTuple):
     targets_BP: np.ndarray
     loss_mask_BP: np.ndarray
     row_weight_B: np.ndarray
+    positions_BT: np.ndarray | None = None
+    loss_share_BP: np.ndarray | None = None
+    loss_weight_BP: np.ndarray | None = None
 
 
 class Throughput:

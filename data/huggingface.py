@@ -47,10 +47,11 @@ class HuggingfaceReader:
         for number, example in enumerate(self._dataset.skip(start) if start else self._dataset, start):
             try:
                 tokens, loss_mask = self.processor(example)
+                weight = self.processor.weight(example)
             except ValueError as error:
                 refuse_or_count(self, number, str(error))
             else:
-                yield Record(tokens, loss_mask, number, number + 1, number)
+                yield Record(tokens, loss_mask, number, number + 1, number, weight)
 
     def place(self, index: int) -> str:
         """Name the place of a record, for messages."""

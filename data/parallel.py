@@ -74,9 +74,11 @@ def _answered(chunk: list, future: Future) -> Iterator[tuple]:
     tokens = np.frombuffer(body, '<i4', count).tolist()
     loss_mask = np.frombuffer(body, 'u1', count, offset=4 * count).astype(float).tolist()
     start = 0
-    for line, length, problem in zip(chunk, header['lengths'], header['problems'], strict=True):
+    for line, length, weight, problem in zip(chunk, header['lengths'], header['weights'], header['problems'],
+                                             strict=True):
         end = start + max(length, 0)
-        yield line, ((None, None, problem) if length < 0 else (tokens[start:end], loss_mask[start:end], problem))
+        yield line, ((None, None, 1.0, problem) if length < 0 else
+                     (tokens[start:end], loss_mask[start:end], weight, problem))
         start = end
 
 
@@ -144,15 +146,16 @@ def main() -> None:
         _write(answers, {'settings': processor.settings}, b'')
         while (frame := _read(requests)) is not None:
             header, body = frame
-            lengths, problems, tokens, loss_mask, start = [], [], [], [], 0
+            lengths, weights, problems, tokens, loss_mask, start = [], [], [], [], [], 0
             for length in header['lengths']:
-                of_line, mask_of_line, problem = tokenize(processor, body[start:start + length])
+                of_line, mask_of_line, weight, problem = tokenize(processor, body[start:start + length])
                 start += length
+                weights.append(weight)
                 problems.append(problem)
                 lengths.append(-1 if of_line is None else len(of_line))
                 tokens += of_line or []
                 loss_mask += mask_of_line or []
-            _write(answers, {'lengths': lengths, 'problems': problems},
+            _write(answers, {'lengths': lengths, 'weights': weights, 'problems': problems},
                    np.array(tokens, '<i4').tobytes() + np.array(loss_mask, 'u1').tobytes())
 
 

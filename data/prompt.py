@@ -55,6 +55,19 @@ class PromptTemplate:
     def record(self, text: str, label: int) -> str:
         return self.prompt(text) + self.answer(label)
 
+    def label_of(self, record: dict) -> int | None:
+        """The label of a record that prepare_data.py wrote or could have: its answer (or completion) is the label's
+        name, or its text ends with the question and that answer; None where neither is."""
+        said, text = record.get('answer', record.get('completion')), record.get('text')
+        for label, name in enumerate(self.labels):
+            if isinstance(said, str):
+                found = said.strip() == name.strip()
+            else:
+                found = isinstance(text, str) and text.endswith(self.suffix + self.answer(label))
+            if found:
+                return label
+        return None
+
     def to_dict(self) -> dict:
         """The template as JSON-able values."""
         return {**dataclasses.asdict(self), 'labels': list(self.labels)}

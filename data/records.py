@@ -28,13 +28,17 @@ class RawLine(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in RawLine."""
+    """One tokenized record; loss_mask is 0.0 or 1.0 per token.  start, end, index: its line, as in RawLine.
+
+    weight: the factor of its part of the loss.
+    """
 
     tokens: list[int]
     loss_mask: list[float]
     start: int
     end: int
     index: int
+    weight: float = 1.0
 
 
 def raw_lines(path: str | os.PathLike, start: int = 0, index: int = 0) -> Iterator[RawLine]:
@@ -75,11 +79,11 @@ class RecordReader:
 
     def records(self, start: int = 0, index: int = 0) -> Iterator[Record]:
         """Yield the records from byte `start` (the beginning of line `index`) to the end of the file: one pass."""
-        for line, (tokens, loss_mask, problem) in self._outcomes(raw_lines(self.path, start, index)):
+        for line, (tokens, loss_mask, weight, problem) in self._outcomes(raw_lines(self.path, start, index)):
             if line.problem or problem:
                 refuse_or_count(self, line.index, line.problem or problem)
             elif tokens is not None:
-                yield Record(tokens, loss_mask, line.start, line.end, line.index)
+                yield Record(tokens, loss_mask, line.start, line.end, line.index, weight)
 
     def place(self, index: int) -> str:
         """Name the place of a record, for messages."""

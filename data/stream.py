@@ -19,15 +19,16 @@ class PackedStream:
     their masks, then drops C tokens; records are read until more than C + 1 tokens wait.  `always_start_with_bos`
     overwrites column 0 of the inputs, not of the targets.  `start_seek_loc` (a byte where a line begins),
     `example_index_at_start` and `tokens_count_at_start` begin elsewhere by hand.  `metrics` averages the throughput
-    over `throughput_average_window_size` batches.
+    over `throughput_average_window_size` batches.  loss_per: 'row' is EasyLM's mean over rows of the stream, 'token'
+    the mean over all targets of a batch.
     """
 
     def __init__(self, reader: Reader, *, seq_length: int, batch_size: int, always_start_with_bos: bool = False,
                  start_seek_loc: int = 0, example_index_at_start: int = 0, tokens_count_at_start: int = 0,
-                 throughput_average_window_size: int = 200):
+                 throughput_average_window_size: int = 200, loss_per: str = 'row'):
         reader.check_start(start_seek_loc)
         self.reader, self.batch_size, self.seq_length = reader, batch_size, seq_length
-        self.always_start_with_bos = always_start_with_bos
+        self.always_start_with_bos, self.loss_per = always_start_with_bos, loss_per
         self.total_tokens = tokens_count_at_start
         self._throughput = Throughput(throughput_average_window_size)
         self._source = {'records': reader.identity(), 'text_processor': reader.processor.settings}
@@ -46,11 +47,14 @@ class PackedStream:
         inputs = np.array(self._tokens[:count], np.int32).reshape(shape)
         targets = np.array(self._tokens[1:count + 1], np.int32).reshape(shape)
         loss_mask = np.array(self._loss_mask[1:count + 1], np.float32).reshape(shape)
+        weights = np.array(self._weights[1:count + 1], np.float32).reshape(shape)
+        share = loss_mask / max(loss_mask.sum(), 1) if self.loss_per == 'token' else None
         if self.always_start_with_bos:
             inputs[:, 0] = self.reader.processor.tokenizer.bos_token_id
         self._drop(count)
         self._throughput.add(count)
-        return Batch(inputs, None, None, targets, loss_mask, np.ones(self.batch_size, np.float32))
+        return Batch(inputs, None, None, targets, loss_mask, np.ones(self.batch_size, np.float32), None, share,
+                     weights if self.reader.processor.weighted else None)
 
     def pass_tokens(self) -> int:
         """Count the tokens of one pass over the records, by tokenizing all of them: nothing is kept, no place changes.
@@ -98,7 +102,7 @@ class PackedStream:
             self._drop(state['dropped'])
 
     def _begin(self, start: int, index: int) -> None:
-        self._tokens, self._loss_mask = [], []
+        self._tokens, self._loss_mask, self._weights = [], [], []
         self._waiting = deque()  # records in the buffer: start, index, lines skipped before, tokens left, tokens gone
         self._file_loc, self._example_index = start, index
         self._records = self._endless(start, index)
@@ -119,10 +123,11 @@ class PackedStream:
             self._waiting.append([record.start, record.index, self.reader.skipped_lines, len(record.tokens), 0])
         self._tokens += record.tokens
         self._loss_mask += record.loss_mask
+        self._weights += [record.weight] * len(record.tokens)
         self._file_loc, self._example_index = record.end, record.index
 
     def _drop(self, count: int) -> None:
-        del self._tokens[:count], self._loss_mask[:count]
+        del self._tokens[:count], self._loss_mask[:count], self._weights[:count]
         while count:
             head = self._waiting[0]
             taken = min(count, head[3])

@@ -8,14 +8,21 @@
       {key}   base64 of raw token ids, little-endian `base64_token_dtype`
       [..]    the field carries no loss (mask 0 instead of 1)
 
-Neighbours: tokenizer.py below; records.py (files of records) and parallel.py (the same in several processes) above.
+Without `fields` a record says by its keys what it is: {"messages": [..]}, a conversation with loss on what the
+assistant says (chat.py), or {"prompt": .., "completion": ..}, with loss on the completion.
+
+Neighbours: tokenizer.py and chat.py below; records.py (files of records) and parallel.py (the same in several
+processes) above.
 """
 import base64
 import binascii
 import json
+import math
 
 import numpy as np
 
+from data.chat import TABLE, encode_conversation, find_template, read_messages
+from data.prompt import PromptTemplate
 from data.tokenizer import Tokenizer
 from mistake import Mistake
 
@@ -41,16 +48,21 @@ class TextProcessor:
     """Turns an example into (token ids, loss mask), as the `fields` language says.
 
     `fields_from_example` names a key of the example that holds the fields string instead.  `prepend_text` goes before
-    the first field, if that is text.  bos gets mask 0, eos mask 1.  Raises Mistake for settings that make no sense
-    and, when called, for an example that does not fit them, naming the field; the caller adds the line.
+    the first field, if that is text.  bos gets mask 0, eos mask 1.  chat_template: a name of chat.TABLE or a text of
+    Jinja, for records of messages; it brings its own bos and eos.  weight_field: the key of a record's weight.
+    class_weights: {'template': PromptTemplate.to_dict, 'weights': one for each label}.  Raises Mistake for settings
+    that make no sense and, when called, for an example that does not fit them, naming the field; the caller adds the
+    line.
     """
 
     def __init__(self, tokenizer: Tokenizer, fields: str = '', fields_from_example: str = '',
                  subfield_separator: str = ' ', prepend_text: str = '', add_bos_token: bool = True,
-                 add_eos_token: bool = True, base64_token_dtype: str = 'i4'):
-        if bool(fields) == bool(fields_from_example):
-            raise Mistake(f'{fields=} and {fields_from_example=}: set exactly one of text_processor.fields and '
-                          "text_processor.fields_from_example, for example fields='[prompt],answer'")
+                 add_eos_token: bool = True, base64_token_dtype: str = 'i4', chat_template: str = '',
+                 weight_field: str = '', class_weights: dict | None = None):
+        if fields and fields_from_example:
+            raise Mistake(f'{fields=} and {fields_from_example=}: set one of text_processor.fields and '
+                          "text_processor.fields_from_example, for example fields='[prompt],answer'; or none, for "
+                          'records with "messages" or with "prompt" and "completion"')
         try:
             self.base64_dtype = np.dtype(base64_token_dtype).newbyteorder('<')
         except TypeError:
@@ -61,11 +73,20 @@ class TextProcessor:
                              subfield_separator=subfield_separator, prepend_text=prepend_text,
                              add_bos_token=add_bos_token, add_eos_token=add_eos_token,
                              base64_token_dtype=base64_token_dtype, tokenizer=tokenizer.fingerprint)
+        later = dict(chat_template=chat_template, weight_field=weight_field, class_weights=class_weights)
+        self.settings |= {name: value for name, value in later.items() if value}  # older states do not have them
         self.tokenizer, self.subfield_separator, self.prepend_text = tokenizer, subfield_separator, prepend_text
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self.fields, self.fields_from_example = fields, fields_from_example
+        self.chat_template, self.weight_field = chat_template, weight_field
+        self.chat = find_template(chat_template, tokenizer, 'text_processor.chat_template') if chat_template else None
+        self._labels = class_weights and PromptTemplate.from_dict(class_weights['template'])
+        self._class_weights = class_weights and class_weights['weights']
+        self.weighted = bool(weight_field or class_weights)
 
     def __call__(self, example: dict) -> tuple[list[int], list[float]]:
+        if not self.fields and not self.fields_from_example:
+            return self._by_keys(example)
         tokens, loss_mask = [], []
         if self.add_bos_token:
             tokens.append(self.tokenizer.bos_token_id)
@@ -80,6 +101,47 @@ class TextProcessor:
             tokens.append(self.tokenizer.eos_token_id)
             loss_mask.append(1.0)
         return tokens, loss_mask
+
+    def weight(self, example: dict) -> float:
+        """Return the factor of the example's part of the loss: that of its field times that of its label, else 1."""
+        weight = 1.0
+        if self.weight_field:
+            weight = example.get(self.weight_field)
+            if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+                raise Mistake(f'weight_field={self.weight_field!r} must hold a number from 0 on, this is '
+                              f'{weight!r:.40}')
+        if self._labels:
+            label = self._labels.label_of(example)
+            if label is None:
+                raise Mistake(f'class_weights: the record\'s answer is none of {", ".join(self._labels.labels)}')
+            weight *= self._class_weights[label]
+        return float(weight)
+
+    def _by_keys(self, example: dict) -> tuple[list[int], list[float]]:
+        chat, completes = 'messages' in example, {'prompt', 'completion'} <= example.keys()
+        if chat == completes:
+            raise Mistake(f'the record has {"both" if chat else "neither"} "messages" {"and" if chat else "nor"} '
+                          '"prompt" and "completion"; it must be one of the two, or text_processor.fields must say '
+                          f'what of it to read (it has {", ".join(map(repr, example)) or "no keys"})')
+        if completes:
+            return self._completion(self.prepend_text + _text(example, 'prompt'), _text(example, 'completion'))
+        if self.prepend_text:
+            raise Mistake(f'prepend_text={self.prepend_text!r} does not go with messages: write a system message')
+        if self.chat is None:
+            raise Mistake('the record holds messages, and no chat template comes with the model: choose one with '
+                          f'--train_dataset.text_processor.chat_template={"|".join(TABLE)}')
+        return encode_conversation(read_messages(example['messages']), self.chat, self.tokenizer)
+
+    def _completion(self, prompt: str, completion: str) -> tuple[list[int], list[float]]:
+        if not completion.strip():
+            raise Mistake("field='completion' is blank, so it has nothing to learn from")
+        before, tokens = self.tokenizer.encode(prompt), self.tokenizer.encode(prompt + completion)
+        if tokens[:len(before)] != before:  # they would be joined where the completion begins
+            tokens = before + self.tokenizer.encode(completion)
+        bos = [self.tokenizer.bos_token_id] * self.add_bos_token
+        eos = [self.tokenizer.eos_token_id] * self.add_eos_token
+        masked = len(bos) + len(before)
+        return bos + tokens + eos, [0.0] * masked + [1.0] * (len(tokens) - len(before) + len(eos))
 
     def _field(self, example: dict, field: str, first: bool, masked: bool) -> list[int]:
         if field.startswith('<|') and field.endswith('|>'):
@@ -120,12 +182,12 @@ def _text(example: dict, key: str) -> str:
     return value
 
 
-def tokenize(processor: TextProcessor, line: bytes) -> tuple[list[int] | None, list[float] | None, str]:
-    """Tokenize a line: (token ids, loss mask, ''), or (None, None, what is wrong; '' for an empty line)."""
+def tokenize(processor: TextProcessor, line: bytes) -> tuple[list[int] | None, list[float] | None, float, str]:
+    """Tokenize a line: (token ids, loss mask, weight, ''), or (None, None, 1, what is wrong; '' for an empty line)."""
     example, problem = parse(line)
     if example is None:
-        return None, None, problem
+        return None, None, 1.0, problem
     try:
-        return *processor(example), ''
+        return *processor(example), processor.weight(example), ''
     except ValueError as error:
-        return None, None, str(error)
+        return None, None, 1.0, str(error)

@@ -71,12 +71,24 @@ class Server:
 
     def greedy_until(self, prompts: list[str], stops: list[list[str]], max_length: int | None = None) -> list[str]:
         """Continue each prompt greedily up to one of its stop texts, or for max_length tokens (None: the server's)."""
-        texts, most = [], {} if max_length is None else {'max_length': max_length}
+        return [text for text, _, _ in self.continued(prompts, stops, max_length)]
+
+    def continued(self, prompts: list[str], stops: list[list[str]], max_length: int | None = None,
+                  progress: Callable[[int], None] = lambda done: None) -> list[tuple[str, bool | None, bool | None]]:
+        """Continue as greedy_until does: (text, whether max_length cut it off, whether the prompt lost its beginning).
+
+        None for what the server does not say (EasyLM's).
+        """
+        found, most = [], {} if max_length is None else {'max_length': max_length}
         for i in range(0, len(prompts), self.batch_size):
             part = prompts[i:i + self.batch_size]
-            texts += self._post('/greedy-until', {'prefix_text': part, 'until': stops[i:i + self.batch_size], **most},
-                                len(part), {'output_text': str})['output_text']
-        return texts
+            said = self._post('/greedy-until', {'prefix_text': part, 'until': stops[i:i + self.batch_size], **most},
+                              len(part), {'output_text': str})
+            ends = said.get('finish_reason', [None] * len(part))
+            found += zip(said['output_text'], [end and end == 'length' for end in ends],
+                         said.get('truncated', [None] * len(part)), strict=True)
+            progress(len(part))
+        return found
 
     def classify(self, texts: list[str], labels: list[str] | None = None, template: str = '') -> list[dict]:
         """The label of each text: {'label': name or None, 'probability': .., 'probabilities': {name: ..}}.

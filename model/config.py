@@ -81,6 +81,7 @@ class Compute:
     reduce_gradients: dtype in which gradients are summed over devices; '' is that of `dtype`.
     remat_block, remat_attention, remat_mlp: what the backward pass keeps of a layer, of its attention and of its ffn,
     by name (model/remat.py); '' recomputes nothing.
+    label_smoothing: the part of a training target that is spread over the vocabulary (model/loss.py).
     """
 
     dtype: str = 'fp32'
@@ -89,6 +90,7 @@ class Compute:
     remat_block: str = ''
     remat_attention: str = ''
     remat_mlp: str = ''
+    label_smoothing: float = 0.0
 
 
 def _easylm(hidden_size, intermediate_size, layers, heads, **more):

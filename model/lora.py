@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,7 +30,7 @@ TARGETS = tuple(field.name for field in dataclasses.fields(Layer) if field.metad
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What is adapted, and how.  targets: names of TARGETS.  dropout: share of x's numbers that A does not see in
+    """Hold what is adapted, and how.  targets: names of TARGETS.  dropout: share of x's numbers that A does not see in
     training; its masks follow from `seed`, and differ between meshes.  rslora: scale by sqrt(rank) instead of rank.
     base_dtype: how the frozen weights are kept.
 
@@ -62,7 +63,7 @@ class Lora:
 
 @pytree
 class Adapter:
-    """What trains of one matrix: a [N, in, R] and b [N, R, out], float32; or their specs."""
+    """Hold what trains of one matrix: a [N, in, R] and b [N, R, out], float32; or their specs."""
 
     a: Array
     b: Array
@@ -196,6 +197,45 @@ def adapted_partitions(config: LlamaConfig, lora: Lora) -> Llama:
     """Build the tree of PartitionSpecs of what `adapted` joins without a key."""
     adapters = jax.tree.map(lambda spec: spec.partition, adapter_specs(config, lora))
     return adapted(base_partitions(config, lora.base_dtype), adapters, lora)
+
+
+def stacked(many: list[tuple[Llama, Lora]], config: LlamaConfig, mesh: Mesh) -> tuple[Llama, Lora]:
+    """Join adapters of one base, whose rows in a batch then choose theirs (`with_rows`): (stacks, their Lora).
+
+    Adapter 0 adapts nothing; those given are 1, 2, ..  A stack is [N, C, in, R] with the highest rank of all; lower
+    ones are filled up with zeros, and each one's scale is multiplied into its B.
+    """
+    lora = Lora(rank := max(lora.rank for _, lora in many), rank,
+                tuple(name for name in TARGETS if any(name in lora.targets for _, lora in many)))
+    specs = adapter_specs(config, lora)
+
+    def stack(name: str) -> Adapter | None:
+        if (spec := getattr(specs.layers, name)) is None:
+            return None
+        a, b = (np.zeros((one.shape[0], len(many) + 1, *one.shape[1:]), np.float32) for one in (spec.a, spec.b))
+        for i, (adapters, its) in enumerate(many, 1):
+            if (one := getattr(adapters.layers, name)) is not None:
+                a[:, i, :, :its.rank], b[:, i, :its.rank] = np.asarray(one.a), its.scale * np.asarray(one.b)
+        lies = getattr(stacked_partitions(config, lora).layers, name)
+        return Adapter(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((a, lies.a), (b, lies.b))))
+
+    layers = Layer(**{field.name: stack(field.name) for field in dataclasses.fields(Layer)})
+    return Llama(embedding=None, layers=layers, final_norm=None, head=None), lora
+
+
+def stacked_partitions(config: LlamaConfig, lora: Lora) -> Llama:
+    """Build the tree of PartitionSpecs of stacks: one dimension more than an adapter, not split."""
+    return jax.tree.map(lambda spec: PartitionSpec(None, None, *spec.partition[1:]), adapter_specs(config, lora))
+
+
+def with_rows(params: Llama, rows_B: Array) -> Llama:
+    """Say which adapter each row of a batch has; params: `adapted` by stacks, or by none, which change nothing."""
+    def say(w):
+        return dataclasses.replace(w, rows_B=jnp.broadcast_to(rows_B, (w.a.shape[0], *rows_B.shape))
+                                   ) if is_adapted(w) and w.a.ndim == 4 else w
+
+    layers = Layer(**{field.name: say(getattr(params.layers, field.name)) for field in dataclasses.fields(Layer)})
+    return dataclasses.replace(params, layers=layers)
 
 
 def merged(base: Llama, adapters: Llama, lora: Lora) -> Llama:

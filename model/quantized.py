@@ -11,12 +11,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.config import Compute, LlamaConfig
 from model.partition import DTYPES, all_gather, gather_weight, pytree
 from model.weights import Llama, WeightSpec, partitions, weight_specs
 
 Array = jax.Array
+STEP = np.float32(1 / 127)  # XLA divides by a constant so, under jit alone; numpy shall find the same bits
 
 
 @pytree
@@ -89,11 +91,21 @@ def quantize(params: Llama, config: LlamaConfig, weight_only: bool = False) -> L
         if weight_only and not spec.stacked:
             return w.astype(jnp.bfloat16)
         axis, w = _input_axis(spec), w.astype(jnp.float32)
-        factors = jnp.abs(w).max(axis=axis) / 127
+        factors = jnp.abs(w).max(axis=axis) * STEP
         whole = jnp.round(w / jnp.maximum(jnp.expand_dims(factors, axis), 1e-30)).astype(jnp.int8)
         return Int8(whole, factors, weight_only)
 
     return jax.tree.map(turn, weight_specs(config), params)
+
+
+def rounded_columns(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn one matrix [in, out] on the host into (factors [out] float32, whole numbers [in, out] int8), the bits of
+    `quantize`.
+    """
+    w = w.astype(np.float32, copy=False)
+    factors = np.abs(np.maximum(w.max(axis=0), -w.min(axis=0))) * STEP  # |w| would be another w
+    whole = w / np.maximum(factors, np.float32(1e-30))
+    return factors, np.rint(whole, out=whole).astype(np.int8)
 
 
 def quantized_partitions(config: LlamaConfig, weight_only: bool = False) -> Llama:

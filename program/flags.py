@@ -52,8 +52,9 @@ class Flag(NamedTuple):
 
 # what --help begins with, in this order: of these names, those that a program has
 MOST_USED = (
-    'config', 'name', 'list', 'topology', 'load_checkpoint', 'url', 'input', 'split', 'text_field', 'label_field',
-    'labels', 'method', 'sample_size', 'format', 'train_dataset.type', 'train_dataset.json_dataset.path',
+    'config', 'name', 'list', 'topology', 'load_checkpoint', 'adapter', 'url', 'input', 'split', 'text_field',
+    'label_field', 'labels', 'task', 'method', 'sample_size', 'format', 'train_dataset.type',
+    'train_dataset.json_dataset.path',
     'train_dataset.text_processor.fields', 'train_dataset.json_dataset.batching',
     'train_dataset.json_dataset.seq_length', 'train_dataset.json_dataset.batch_size', 'total_steps', 'epochs',
     'optimizer.adamw_optimizer.lr', 'logger.output_dir', 'save_model_freq', 'resume', 'evaluate_every',
@@ -63,8 +64,8 @@ MOST_USED = (
 )
 # heading of --help -> how the names of its flags begin; flags of no group come under `more`
 GROUPS = {
-    'the model': ('load_llama_config', 'update_llama_config', 'load_checkpoint', 'tokenizer.', 'mesh_dim', 'dtype',
-                  'attention', 'add_bos_token', 'llama.'),
+    'the model': ('load_llama_config', 'update_llama_config', 'load_checkpoint', 'adapter', 'tokenizer.', 'mesh_dim',
+                  'dtype', 'attention', 'add_bos_token', 'llama.'),
     'adapters': ('lora.',),
     'training data': ('train_dataset.', 'load_dataset_state'),
     'evaluation while training': ('eval_dataset.', 'eval_steps', 'evaluate', 'keep_best', 'patience'),
@@ -147,6 +148,8 @@ MODEL = (  # common to every program that runs the network
 )
 
 
+ADAPTER = Flag('adapter', '', 'adapter that is merged into the weights of --load_checkpoint: a run of train.py with '
+               "--lora.rank (or one step of it), or a directory of PEFT's", path='read')
 ADD_BOS_TOKEN = Flag('add_bos_token', None, 'begin each prompt with the bos token; not given: as the checkpoint was '
                      'trained, True where it does not say', kind=bool)
 
@@ -155,20 +158,29 @@ WEIGHT_DTYPE = ('how the weights are kept: fp32, bf16, or int8 with a factor for
 CACHE_DTYPE = 'how keys and values are kept: fp32, bf16, or int8 with a factor for each head; empty for that of --dtype'
 
 EVALUATE = MODEL + tuple(flag for flag in PREPARE if flag.name in ('input', 'split', 'text_field', 'label_field')) + (
+    ADAPTER,
+    Flag('task', 'label', 'label: texts with one of a few labels; text: records {"prompt": .., "completion": ..}, '
+         'answered with a text, for example a JSON object', ('label', 'text')),
     Flag('labels', '', 'names of the labels 0, 1, .., as prepare_data.py takes them; empty: those of the checkpoint, '
          'or of labels_NAME.json beside a prepared NAME.jsonl, else those in the data'),
     Flag('sample_size', 0, 'reviews to evaluate, drawn with `seed`, each label in proportion; 0 for all', least=0),
-    Flag('method', 'loglikelihood', "loglikelihood: the likelier answer; generate: what greedy decoding says; or both",
-         ('loglikelihood', 'generate', 'both')),
+    Flag('method', None, 'loglikelihood: the likelier answer; generate: what greedy decoding says; or both; not given: '
+         'loglikelihood (task=label; task=text always generates)', ('loglikelihood', 'generate', 'both'), kind=str),
+    Flag('stop', '', r"task=text: texts before which an answer ends, parted by commas, \n for a line's end, "
+         '"quoted, with a comma"; empty: it ends at EOS or at max_new_tokens'),
+    Flag('rouge', True, 'task=text: measure ROUGE-L too (extra: text)'),
     Flag('url', '', 'ask the server that runs there, for example http://127.0.0.1:5007, instead of --load_checkpoint'),
-    Flag('output_dir', '', 'for evaluation.json and confusion_matrix.png; empty for runs/evaluation-DATE-TIME',
+    Flag('output_dir', '', 'for evaluation.json and confusion_matrix.png (task=text: fields.png); empty for '
+         'runs/evaluation-DATE-TIME',
          path='write'),
     Flag('before', '', 'evaluation.json of the same reviews before fine-tuning: prints what changed', path='read'),
-    Flag('samples', 6, 'reviews whose generated text is kept and shown; 0 for none', least=0),
+    Flag('samples', 6, 'reviews whose generated text is kept and shown (task=text: how many of the worst answers are '
+         'shown); 0 for none', least=0),
     Flag('calibrate', False, 'fit the temperature of the probabilities of labels on these reviews, which must neither '
          'have trained the model nor be those that test it, and keep it in the checkpoint for /classify'),
     Flag('sample_tokens', 48, 'most tokens generated for such a sample (a server decides by itself)', least=1),
-    Flag('max_new_tokens', 8, 'most tokens of an answer, method=generate (a server decides by itself)', least=1),
+    Flag('max_new_tokens', None, 'most tokens of an answer; not given: 8 with method=generate (where a server decides '
+         'by itself), 256 with task=text', kind=int, least=1),
     Flag('batch_size', 16, 'texts computed together (slots of the engine), or in a request to the server', least=1),
     Flag('weight_dtype', '', WEIGHT_DTYPE, ('', 'fp32', 'bf16', 'int8')),
     Flag('cache_dtype', '', CACHE_DTYPE, ('', 'fp32', 'bf16', 'int8')),
@@ -182,24 +194,37 @@ def _dataset(name: str) -> tuple[Flag, ...]:
     ours = lambda group: (
         Flag(group + 'skip_bad_lines', False, 'skip and count bad records, instead of refusing the first'),
         Flag(group + 'batching', 'stream', 'stream: one endless stream of tokens cut into rows, examples straddling '
-             'them (EasyLM); rows: one example a row, rows of like length together, shuffled each epoch',
-             ('stream', 'rows')),
-        Flag(group + 'too_long', 'error', 'batching=rows: what to do with an example longer than seq_length',
+             'them (EasyLM); rows: one example a row, rows of like length together, shuffled each epoch; packed: as '
+             'many whole examples in a row of seq_length as fit, which do not see each other',
+             ('stream', 'rows', 'packed')),
+        Flag(group + 'too_long', 'error', 'batching=rows and packed: what to do with an example longer than seq_length',
              ('error', 'truncate', 'drop')),
+        Flag(group + 'loss_per', 'row', "row: the mean over examples (of a stream: over rows) of each one's mean over "
+             'its tokens with loss; token: the mean over all tokens with loss of a batch', ('row', 'token')),
+        Flag(group + 'weight_field', '', "key of a record's weight, a number from 0 on by which its part of the loss "
+             'is multiplied; the mean is not divided by the weights'),
     )
     return (
         Flag(f'{name}.type', 'huggingface', 'kind of data set: a file of JSON lines (json_dataset), or one that the '
              'package `datasets` loads (huggingface_dataset)', ('huggingface', 'json')),
         Flag(text + 'fields', '', "what of a record becomes tokens: '[prompt],answer': `,` separates fields tokenized "
              'alone, `+` joins keys, '
-             '[..] carries no loss, <|bos|> <|eos|> <|123|> are tokens, {key} holds base64 tokens'),
+             '[..] carries no loss, <|bos|> <|eos|> <|123|> are tokens, {key} holds base64 tokens; empty: by the keys '
+             'of each record, "messages" (a chat, loss on what the assistant says) or "prompt" and "completion"'),
         Flag(text + 'fields_from_example', '', 'key of the record that holds its own `fields`'),
         Flag(text + 'subfield_separator', ' ', 'between keys joined by +'),
         Flag(text + 'prepend_text', '', 'put before the first field'),
         Flag(text + 'add_bos_token', True, 'begin each example with the bos token (no loss on it)'),
         Flag(text + 'add_eos_token', True, 'end each example with the eos token (loss on it)'),
         Flag(text + 'base64_token_dtype', 'i4', 'numpy dtype of {key} fields'),
-        Flag(rows + 'path', '', 'JSON lines, one record a line', path='asset'),
+        Flag(text + 'chat_template', '', "how messages are written: own (the tokenizer's), chatml, llama-3, llama-2; "
+             'empty: own where there is one; none refuses them. The checkpoint keeps it, and serve.py takes it',
+             ('', 'own', 'chatml', 'llama-3', 'llama-2', 'none')),
+        Flag(f'{name}.class_weights', '', 'factors of the loss of labelled records, by the label of their answer: '
+             "balanced (so that each label counts as much: records / labels / records of the label), or Positive=2,"
+             'Negative=1, a label that is not named 1; needs labels_NAME.json beside the file'),
+        Flag(rows + 'path', '', 'JSON lines, one record a line; or several files with weights, a.jsonl:0.7,'
+             'b.jsonl:0.3, by which an epoch draws rows of each (batching=rows and packed)', path='asset'),
         Flag(rows + 'seq_length', 1024, 'tokens in a row of the batch; the longest row where batching=rows', least=1),
         Flag(rows + 'batch_size', 8, 'rows in a batch, over all devices', least=1),
         Flag(rows + 'always_start_with_bos', False, 'overwrite the first token of each packed row with bos'),
@@ -231,7 +256,8 @@ def _dataset(name: str) -> tuple[Flag, ...]:
 
 def _as_train_dataset(table: tuple[Flag, ...]) -> tuple[Flag, ...]:
     """Let flags of eval_dataset that are not given be train_dataset's, but for those that say what is read."""
-    own = ('.json_dataset.path', '.split', '.start_seek_loc', '.example_index_at_start', '.tokens_count_at_start')
+    own = ('.json_dataset.path', '.split', '.start_seek_loc', '.example_index_at_start', '.tokens_count_at_start',
+           '.weight_field', '.class_weights')
     return tuple(flag if flag.only or flag.name.endswith(own) else
                  flag._replace(default=None, kind=flag.type, help=f'{flag.help}; not given: as train_dataset has it')
                  for flag in table)
@@ -313,21 +339,26 @@ TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_da
     Flag('save_model_freq', 0, 'steps between checkpoints; the final one is always saved', least=0),
     Flag('save_milestone_freq', 0, 'steps between checkpoints that are never deleted', least=0),
     Flag('eval_steps', 0, 'batches of eval_dataset measured at each logged row, the same ones each time', least=0),
-    Flag('evaluate_every', '', 'evaluate the labels of evaluate.input, by the code of evaluate.py, every so many '
-         'micro-steps (200) or parts of an epoch (0.5epoch), and at the end; empty: never'),
+    Flag('evaluate_every', '', 'evaluate the labels or texts of evaluate.input, by the code of evaluate.py, every so '
+         'many micro-steps (200) or parts of an epoch (0.5epoch), and at the end; empty: never'),
     Flag('evaluate.input', '', 'labelled set to evaluate, as evaluate.py takes it', path='asset'),
     *(flag._replace(name=f'evaluate.{flag.name}') for flag in PREPARE
       if flag.name in ('split', 'text_field', 'label_field')),
     *(flag._replace(name=f'evaluate.{flag.name}') for flag in EVALUATE if flag.name == 'sample_size'),
+    *(flag._replace(name=f'evaluate.{flag.name}') for flag in EVALUATE if flag.name == 'task'),
     Flag('evaluate.batch_size', 16, 'texts computed together', least=1),
-    Flag('keep_best', '', 'save the evaluation with the best accuracy, macro F1 or loss of the labels, and keep it '
-         'whatever checkpointer.keep says until a better one is saved; empty: none', ('', 'accuracy', 'f1', 'loss')),
+    Flag('evaluate.max_new_tokens', 128, 'most tokens of an answer, evaluate.task=text', least=1),
+    Flag('keep_best', '', 'save the evaluation with the best accuracy, macro F1 or loss of the labels (of texts: exact '
+         'match, token F1, F1 of fields), and keep it whatever checkpointer.keep says until a better one is saved; '
+         'empty: none', ('', 'accuracy', 'f1', 'loss', 'exact_match', 'token_f1', 'field_f1')),
     Flag('patience', 0, 'with keep_best: stop after so many evaluations that were no better; 0: never', least=0),
     Flag('profile_steps', '', "10:15 writes a trace of micro-steps 10 to 14 to DIR/profile for TensorBoard's profiler; "
          'empty: none'),
     Flag('resume', False, 'continue the run in logger.output_dir (saved with its optimizer state); without one, begin'),
     Flag('reduce_gradients', '', 'dtype in which gradients are summed between devices; empty: that of --dtype',
          ('', 'fp32', 'bf16')),
+    Flag('label_smoothing', 0.0, 'part of each target that is spread over the whole vocabulary; not where eval_dataset '
+         'is measured', least=0, below=1),
     Flag('optimizer.type', 'adamw', 'the optimizer', ('adamw', 'palm')),
     Flag('optimizer.accumulate_gradient_steps', 1, 'micro-steps whose mean gradient makes one optimizer step', least=1),
     Flag('optimizer.adamw_optimizer.init_lr', 0.0, 'learning rate at step 0 of the warmup', least=0),
@@ -382,6 +413,7 @@ TRAIN = MODEL + LLAMA + LORA + _dataset('train_dataset') + _as_train_dataset(_da
 
 
 SERVE = MODEL + (
+    ADAPTER,
     Flag('initialize_jax_distributed', False, 'the same as jax_distributed.initialize_jax_distributed'),
     Flag('input_length', 1024, 'most tokens of a prompt, bos included; a longer one loses its beginning, and the '
          'answer says so', least=2),
@@ -421,8 +453,11 @@ SERVE = MODEL + (
     Flag('lm_server.api_key_file', '', 'a file with the API key, which every request but /health, /ready and the page '
          'must bring as the header Authorization: Bearer KEY', path='read'),
     Flag('lm_server.insecure', False, 'serve without an API key on an address that others can reach'),
+    Flag('lm_server.adapters', '', 'adapters of the weights that are served beside them, each under its name, which a '
+         'request gives as `model`: tickets=DIR,reviews=DIR; batched together (DIR as of --adapter)'),
     Flag('lm_server.model_name', '', 'the name of the model in /v1/models; empty: the last part of the checkpoint'),
-    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's), "
+    Flag('lm_server.chat_template', '', "how /v1/chat/completions writes a conversation: own (the tokenizer's, or "
+         "the one that training used), "
          'chatml, llama-3, llama-2, plain (the flags lm_server.chat_*), none; empty: own where there is one, else '
          'plain where one of those flags is given', ('', 'own', 'chatml', 'llama-3', 'llama-2', 'plain', 'none')),
     Flag('lm_server.request_seconds', 0.0, 'longest time that an answer may take; 0 for no limit', least=0),
@@ -462,8 +497,11 @@ PLAN = (
 
 CONVERT = tuple(flag for flag in MODEL if flag.name in ('load_llama_config', 'load_checkpoint', 'tokenizer.vocab_file')
                 ) + (
-    Flag('format', '', 'what to write: native (a checkpoint of ours), hf (Hugging Face directory with safetensors), or '
-         "easylm (EasyLM's streaming_params)", ('', 'native', 'hf', 'easylm')),
+    ADAPTER,
+    Flag('merge', False, 'write the weights of --load_checkpoint with --adapter merged in, instead of the adapter'),
+    Flag('format', '', 'what to write: native (a checkpoint of ours), hf (Hugging Face directory with safetensors), '
+         "easylm (EasyLM's streaming_params), or of an adapter peft (PEFT's directory)",
+         ('', 'native', 'hf', 'easylm', 'peft')),
     Flag('output', '', 'directory to write; it must not exist yet', path='write'),
     Flag('float_dtype', 'fp32', 'of the weights written; native is always fp32', ('fp32', 'bf16', 'fp16')),
     Flag('max_shard_size', '5GB', 'format=hf: largest size of one safetensors file, as a number with KB, MB or GB'),

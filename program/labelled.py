@@ -1,4 +1,4 @@
-"""Evaluate the labels of a labelled set while training: evaluate.py's own scoring, on the weights of the run's state.
+"""Evaluate labels or free texts while training: evaluate.py's own measures, on the weights of the run's state.
 
 Before: serving/texts.py, serving/engine.py, evaluation/accuracy.py.  train.py hands what comes of it to
 training/loop.py.
@@ -6,13 +6,14 @@ training/loop.py.
 import re
 from collections.abc import Callable
 
+import numpy as np
 from tqdm import tqdm
 
 from data.labelled import Example, Labels, read_labelled, read_prepared
 from data.parts import sample
 from data.prompt import PromptTemplate
 from data.tables import labelled_files
-from evaluation import accuracy
+from evaluation import accuracy, free_text
 from mistake import Mistake
 from model.config import Compute
 from model.lora import Lora
@@ -64,22 +65,13 @@ def open_labelled(evaluation: Evaluation, model: Model, template: PromptTemplate
     The weights are read where they lie, float32 as training has them: no copy is made, and none is kept.  Programs are
     compiled at the first call and kept.  All processes call it together; wait_for_all: as in CompiledStep.
     """
-    check_rows(evaluation.batch_size, model.mesh, 'evaluate.batch_size')
     examples, template = read_examples(evaluation, template, seed)
-    encode, most = model.tokenizer.encode, model.config.max_sequence_length
+    encode = model.tokenizer.encode
     answers = accuracy.answer_texts(template, encode, examples[0].text)
     lengths = [add_bos_token + len(encode(template.prompt(example.text))) for example in examples]
     answer = max(len(encode(answer)) for answer in answers)
-    if max(lengths) + answer > most:
-        worst = examples[lengths.index(max(lengths))].text
-        raise Mistake(f'evaluate.input={evaluation.input!r}: {worst[:60]!r} has {max(lengths)} tokens, with {answer} '
-                      f'of an answer more than the model\'s {most}: leave it out')
-    texts = Texts(model.tokenizer, model.config, input_length=max(lengths), seq_length=max(lengths) + answer,
-                  add_bos_token=add_bos_token, template=template)
-    programs = Programs(model.config, Compute(model.compute.dtype, model.compute.attention), model.mesh,
-                        slots=evaluation.batch_size // rows_unit(model.mesh), length=texts.seq_length,
-                        vocabulary=model.tokenizer.vocab_size, weight_dtype='fp32', lora=lora,
-                        wait_for_all=wait_for_all)
+    texts, programs = room(evaluation, model, [example.text for example in examples], lengths, answer, add_bos_token,
+                           template, wait_for_all, lora)
 
     def measure(params: Llama) -> dict:
         engine = Engine(programs, params, model.tokenizer)
@@ -94,3 +86,60 @@ def open_labelled(evaluation: Evaluation, model: Model, template: PromptTemplate
         return dict(label_accuracy=report['accuracy'], label_f1=report['macro_f1'], label_loss=report['loss'])
 
     return measure
+
+
+def open_texts(evaluation: Evaluation, model: Model, add_bos_token: bool, seed: int,
+               wait_for_all: Callable[[], object], lora: Lora | None = None) -> Callable[[Llama], dict]:
+    """Make the function weights -> {text_exact_match, text_token_f1, ..}, as `open_labelled` does for labels.
+
+    Answers are greedy, up to evaluate.max_new_tokens; the measures are free_text.measure's (ROUGE-L is left to
+    evaluate.py).
+    """
+    try:
+        _, records = free_text.read_records(evaluation.input, evaluation.split)
+    except Mistake as error:
+        raise Mistake(re.sub(r'(?<![\w.-])(input|task)(?==)', r'evaluate.\1', str(error))) from None
+    if evaluation.sample_size:
+        chosen = np.random.default_rng(seed).permutation(len(records))[:evaluation.sample_size]
+        records = [records[i] for i in sorted(chosen)]
+    wanted = max((len(model.tokenizer.encode(record.completion)), record.completion) for record in records)
+    if wanted[0] > evaluation.max_new_tokens:
+        raise Mistake(f'evaluate.max_new_tokens={evaluation.max_new_tokens}, but the completion {wanted[1][:60]!r} has '
+                      f'{wanted[0]} tokens, which no answer could reach: raise it')
+    prompts = [record.prompt for record in records]
+    lengths = [add_bos_token + len(model.tokenizer.encode(prompt)) for prompt in prompts]
+    texts, programs = room(evaluation, model, prompts, lengths, evaluation.max_new_tokens, add_bos_token, None,
+                           wait_for_all, lora)
+
+    def measure(params: Llama) -> dict:
+        engine = Engine(programs, params, model.tokenizer)
+
+        def generate(prompts: list[str]) -> list[str]:
+            question = texts.generate(prompts, max_new_tokens=evaluation.max_new_tokens)
+            with tqdm(total=len(prompts), desc='evaluate', unit='text', leave=False, disable=None) as bar:
+                return [answer.text for answer in
+                        question.answer(engine.run(question.works, lambda index: bar.update()))]
+
+        return {f'text_{name}': value for name, value in free_text.measure(generate, records).items()}
+
+    return measure
+
+
+def room(evaluation: Evaluation, model: Model, called: list[str], lengths: list[int], answer: int, add_bos_token: bool,
+         template: PromptTemplate | None, wait_for_all: Callable[[], object], lora: Lora | None
+         ) -> tuple[Texts, Programs]:
+    """Make what asks and what computes, with room for the longest of prompts of these `lengths` and its answer.
+
+    Raises Mistake, with the words of `called`, where the model has no such room.
+    """
+    check_rows(evaluation.batch_size, model.mesh, 'evaluate.batch_size')
+    longest, most = max(lengths), model.config.max_sequence_length
+    if longest + answer > most:
+        raise Mistake(f'evaluate.input={evaluation.input!r}: {called[lengths.index(longest)][:60]!r} has {longest} '
+                      f'tokens, with {answer} of an answer more than the model\'s {most}: leave it out')
+    texts = Texts(model.tokenizer, model.config, input_length=longest, seq_length=longest + answer,
+                  add_bos_token=add_bos_token, template=template)
+    return texts, Programs(model.config, Compute(model.compute.dtype, model.compute.attention), model.mesh,
+                           slots=evaluation.batch_size // rows_unit(model.mesh), length=texts.seq_length,
+                           vocabulary=model.tokenizer.vocab_size, answer_tokens=answer, weight_dtype='fp32', lora=lora,
+                           wait_for_all=wait_for_all)

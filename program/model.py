@@ -44,8 +44,10 @@ class Model(NamedTuple):
 
 
 def open_source(load: Load) -> checkpoint.Source | None:
-    """Open --load_checkpoint; None where it is empty."""
-    return checkpoint.open(load.checkpoint) if load.checkpoint else None
+    """Open --load_checkpoint, with --adapter merged in; None where it is empty."""
+    if load.adapter and not load.checkpoint:
+        raise Mistake(f'adapter={load.adapter!r} is nothing without its base: give it as --load_checkpoint=TYPE::PATH')
+    return checkpoint.open(load.checkpoint, load.adapter) if load.checkpoint else None
 
 
 def open_model(load: Load, compute: Compute, source: checkpoint.Source | None = None) -> Model:

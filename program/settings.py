@@ -21,6 +21,7 @@ from model.lora import Lora
 from model.remat import remat_policy
 from program import flags as tables
 from program.parse import literals
+from training.best import METRICS
 from training.optimizer import AdamW, Hyperparameters, Palm
 
 REMAT = ('remat_block', 'remat_attention', 'remat_mlp')
@@ -33,9 +34,9 @@ REMAT = ('remat_block', 'remat_attention', 'remat_mlp')
 class Load:
     """What to load.
 
-    checkpoint: TYPE::PATH, '' for random weights.  llama_config: name or json::FILE, '' for the checkpoint's own sizes.
-    sizes: fields of LlamaConfig where neither says them; given: names of those that were set.  update: fields that are
-    changed afterwards.
+    checkpoint: TYPE::PATH, '' for random weights.  adapter: directory of one that is merged in, '' for none.
+    llama_config: name or json::FILE, '' for the checkpoint's own sizes.  sizes: fields of LlamaConfig where neither
+    says them; given: names of those that were set.  update: fields that are changed afterwards.
     """
 
     checkpoint: str
@@ -47,12 +48,13 @@ class Load:
     sizes: dict = field(default_factory=dict)
     given: tuple[str, ...] = ()
     update: dict = field(default_factory=dict)
+    adapter: str = ''
 
 
 def read_load(flags: ConfigDict) -> Load:
     """Read --load_checkpoint and the like; raises Mistake for flags that contradict each other."""
     load = Load(flags.load_checkpoint, flags.load_llama_config, flags.tokenizer.vocab_file, flags.mesh_dim, flags.seed,
-                flags.get('add_bos_token'))
+                flags.get('add_bos_token'), adapter=flags.get('adapter', ''))
     if 'llama' not in flags:
         return load
     ignored = {flag.name.removeprefix('llama.'): flag for flag in tables.LLAMA if flag.only}
@@ -78,7 +80,8 @@ def read_compute(flags: ConfigDict) -> Compute:
     remat = {name: update.get(name, flags.llama[name]) for name in REMAT}
     for policy in filter(None, remat.values()):
         remat_policy(policy)  # raises for one that is not known
-    return Compute(flags.dtype, flags.attention, flags.reduce_gradients, **remat)
+    return Compute(flags.dtype, flags.attention, flags.reduce_gradients, **remat,
+                   label_smoothing=flags.get('label_smoothing', 0.0))
 
 
 def read_lora(flags: ConfigDict, compute: Compute) -> Lora | None:
@@ -173,6 +176,8 @@ class Evaluation:
     label_field: str
     sample_size: int
     batch_size: int
+    task: str
+    max_new_tokens: int
     keep_best: str
     patience: int
 
@@ -204,8 +209,12 @@ def read_evaluation(flags: ConfigDict) -> Evaluation | None:
     if not values['input']:
         raise Mistake(f'evaluate_every={every!r} needs --evaluate.input: a labelled set, as evaluate.py takes it')
     if flags.patience and not flags.keep_best:
-        raise Mistake(f'patience={flags.patience} needs --keep_best, which says what shall get better: accuracy, f1 '
-                      'or loss')
+        raise Mistake(f'patience={flags.patience} needs --keep_best, which says what shall get better, for example '
+                      'accuracy')
+    known = [name for name, row in METRICS.items() if row.startswith(values['task'])]
+    if flags.keep_best and flags.keep_best not in known:
+        raise Mistake(f'keep_best={flags.keep_best!r} is not measured with evaluate.task={values["task"]}: choose '
+                      f'{", ".join(known)}, or another --evaluate.task')
     if flags.keep_best and flags.checkpointer.format != 'native':
         raise Mistake(f'keep_best={flags.keep_best!r} needs --checkpointer.format=native: of format=easylm the next '
                       'checkpoint is written over the best')

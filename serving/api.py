@@ -9,7 +9,8 @@
   POST /loglikelihood          {"prefix_text": [str]?, "text": [str]}
                                -> {"prefix_text", "text", "log_likelihood", "is_greedy"}
   POST /loglikelihood-rolling  {"text": [str]} -> {"text", "log_likelihood", "is_greedy"}
-  POST /classify               {"texts": [str], "labels": [str]?, "template": str?, "threshold": float?}
+  POST /classify               {"texts": [str], "labels": [str]?, "template": str?, "threshold": float?,
+                               "model": str?}
                                -> {"results": [{"label", "probability", "probabilities"}], "labels",
                                    "calibration_temperature"}
   GET  /ready                  "Ready!\\n", or 503 while programs compile, while the server stops, after a failure
@@ -34,7 +35,7 @@ another site cannot use a server on this computer: its Host header would be no l
 application/json.
 """
 import pprint
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import FastAPI, Request
@@ -169,6 +170,7 @@ class ClassifyBody(Body):
     template: Annotated[Annotated[Text, Field(max_length=MAX_CHAT_LENGTH)] | None, Field(description=TEMPLATE)] = None
     threshold: Annotated[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None,
                          Field(description='a number from 0 to 1')] = None
+    model: Annotated[Annotated[str, Field(max_length=1000)] | None, Field(description='a string')] = None
 
 
 class StrictRequest(Request):
@@ -199,10 +201,30 @@ REFUSALS = {status: {'description': meaning, 'content': {'application/json': {'s
 # ---------------------------------------------------------------- endpoints
 
 
-def make_app(thread: EngineThread, texts: Texts, options: Options, info: dict | None = None, chat=None) -> FastAPI:
+@dataclass(frozen=True)
+class Variant:
+    """Say what a request's `model` names: the weights alone, number 0, or with an adapter of the engine.
+
+    template: of /classify, None where it has none; calibration_temperature: of its probabilities.  chat: a
+    chat.ChatTemplate, or None.
+    """
+
+    number: int
+    template: PromptTemplate | None
+    calibration_temperature: float = 1.0
+    chat: object = None
+
+    def works(self, works: list) -> list:
+        """Have works done with this adapter."""
+        return [replace(work, adapter=self.number) for work in works]
+
+
+def make_app(thread: EngineThread, texts: Texts, options: Options, info: dict | None = None, chat=None,
+             adapters: dict[str, Variant] | None = None) -> FastAPI:
     """Make the application: `thread` does the works of what `texts` asks.
 
-    info: what /info tells beside the options.  chat: a chat.ChatTemplate, or None where the model has none.
+    info: what /info tells beside the options.  chat: a chat.ChatTemplate, or None where the model has none.  adapters:
+    by the names that requests give as `model`, beside options.model_name, which is the model without one.
     app.state.metrics: counts; its `draining` turns new requests away.
     """
     from serving import openai  # it builds upon what is above
@@ -218,9 +240,10 @@ def make_app(thread: EngineThread, texts: Texts, options: Options, info: dict | 
     app.add_exception_handler(HTTPException, _refuse_so)
     asking = Asking(thread, metrics, options.request_seconds)
     _add_easylm(app, asking, texts, options)
-    _add_classify(app, asking, texts, options)
-    _add_state(app, thread, texts, options, info or {}, chat)
-    openai.add_endpoints(app, asking, texts, options, chat)
+    models = {options.model_name: Variant(0, texts.template, options.calibration_temperature, chat), **(adapters or {})}
+    _add_classify(app, asking, texts, options, models)
+    _add_state(app, thread, texts, options, {**(info or {}), 'models': list(models)}, chat)
+    openai.add_endpoints(app, asking, texts, options, models)
     metrics.paths = frozenset(route.path for route in app.routes)
     app.openapi = _without_422(app.openapi)
     return app
@@ -302,10 +325,19 @@ def _add_easylm(app: FastAPI, asking: Asking, texts: Texts, options: Options) ->
                              lambda scores: dict(text=body.text, **_scores(scores)))
 
 
-def _add_classify(app: FastAPI, asking: Asking, texts: Texts, options: Options) -> None:
+def find_model(name: str | None, options: Options, models: dict[str, Variant]) -> Variant:
+    """Look up a request's `model`; without one it is the model without adapter.  Raises Refused, 404."""
+    if (found := models.get(options.model_name if name is None else name)) is None:
+        raise Refused(404, f'there is no such model here: {", ".join(map(repr, models))} '
+                      f'{"is" if len(models) == 1 else "are"} served', param='model', code='model_not_found')
+    return found
+
+
+def _add_classify(app: FastAPI, asking: Asking, texts: Texts, options: Options, models: dict[str, Variant]) -> None:
     @app.post('/classify', responses=REFUSALS)
     async def classify(body: ClassifyBody, request: Request):
-        template, temperature = template_of(body, texts.template), options.calibration_temperature
+        variant = find_model(body.model, options, models)
+        template, temperature = template_of(body, variant.template), variant.calibration_temperature
 
         def result(found: Classified) -> dict:
             probability = max(found.probabilities)
@@ -314,6 +346,7 @@ def _add_classify(app: FastAPI, asking: Asking, texts: Texts, options: Options) 
                         probabilities=dict(zip(template.labels, found.probabilities, strict=True)))
 
         question = await asking.apart(texts.classify, body.texts, template, temperature)
+        question = question._replace(works=variant.works(question.works))
         return await _answer(request, body, options, asking, question,
                              lambda answers: dict(results=[result(answer) for answer in answers],
                                                   labels=list(template.labels), calibration_temperature=temperature))

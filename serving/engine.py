@@ -18,7 +18,7 @@ and an answer must not depend on what was asked before it.
 import dataclasses
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from data.tokenizer import Tokenizer
 from model.config import Compute, LlamaConfig
+from model.lora import Lora, adapted, stacked
 from model.partition import rows_unit
 from model.weights import Llama
 from serving.programs import FEW_TARGETS, MOST_PIECES, PIECE, Chosen, Pieces, Programs, Scores, cast_weights
@@ -76,13 +77,15 @@ class Request:
 
 @dataclasses.dataclass
 class Slot:
-    """A row of the cache.  held: the tokens it has, as far as pieces computed them.  used: the tick of its last use."""
+    """A row of the cache.  held: the tokens it has, as far as pieces computed them, with `adapter`.  used: the tick of
+    its last use."""
 
     group: int
     row: int
     held: list[int] = dataclasses.field(default_factory=list)
     job: 'GenerateJob | ScoreJob | None' = None
     used: int = 0
+    adapter: int = 0
 
 
 @dataclasses.dataclass
@@ -140,20 +143,22 @@ class Piece(NamedTuple):
 class Engine:
     """Answers works with one model.  Not thread-safe: one thread calls it (thread.py), or a program by `run`.
 
-    params: as cast_weights made them for `programs`.  seed: of works that bring none: same seed and same sequence of
-    works, same answers.  prefix_reuse False computes every prompt from its beginning.
+    params: as cast_weights made them for `programs`, beside stacks of so many `adapters` where it has some.  seed: of
+    works that bring none: same seed and same sequence of works, same answers.  prefix_reuse False computes every prompt
+    from its beginning.
     """
 
     def __init__(self, programs: Programs, params: Llama, tokenizer: Tokenizer, *, seed: int = 42,
-                 prefix_reuse: bool = True):
+                 prefix_reuse: bool = True, adapters: int = 0):
         self.programs, self.tokenizer, self.seed, self.prefix_reuse = programs, tokenizer, seed, prefix_reuse
+        self.adapters = adapters
         self._params = params
         self._cache = programs.new_cache()
         self.slots = [Slot(group, row) for row in range(programs.slots) for group in range(programs.groups)]
         self._requests: dict[int, Request] = {}
         self._turn: deque[int] = deque()  # tickets with works that wait, the next one first
         self._tickets = self._works = self._ticks = 0
-        self._first_V = None
+        self._first_V: dict[int, np.ndarray] = {}  # of each adapter
         self.counts = Counter()
 
     # ------------------------------------------------------------ requests
@@ -180,6 +185,8 @@ class Engine:
                 raise RequestError(f'{work.max_new_tokens=} must be at least 1')
         if not lists[0]:
             raise RequestError('the prompt is empty')
+        if not 0 <= work.adapter <= self.adapters:
+            raise RequestError(f'{work.adapter=} is none of the {self.adapters} that are here')
         most = self.programs.config.vocab_size
         if any(not 0 <= token < most for ids in lists for token in ids):
             raise RequestError(f'token ids must be from 0 to {most - 1}')
@@ -278,11 +285,11 @@ class Engine:
         if not free:
             return None
         ids = work.prefix_ids if isinstance(work, Score) else work.prompt_ids
-        return max(free, key=lambda slot: (self._common(slot, ids), -slot.used))
+        return max(free, key=lambda slot: (self._common(slot, ids, work.adapter), -slot.used))
 
-    def _common(self, slot: Slot, ids: tuple[int, ...]) -> int:
+    def _common(self, slot: Slot, ids: tuple[int, ...], adapter: int) -> int:
         """Count the tokens that need not be computed: all but the last of `ids` at most, which is asked."""
-        if not self.prefix_reuse:
+        if not self.prefix_reuse or slot.adapter != adapter:
             return 0
         most = min(len(slot.held), len(ids) - 1)
         return next((i for i in range(most) if slot.held[i] != ids[i]), most)
@@ -311,7 +318,8 @@ class Engine:
 
     def _begin(self, job: GenerateJob | ScoreJob, ids: tuple[int, ...]) -> None:
         """Take over what the slot holds of `ids`."""
-        job.done = self._common(job.slot, ids)
+        job.done = self._common(job.slot, ids, job.work.adapter)
+        job.slot.adapter = job.work.adapter
         del job.slot.held[job.done:]
         self.counts['cached_tokens'] += job.done
 
@@ -346,14 +354,14 @@ class Engine:
         counts = Counter(piece.job.slot.group for piece in pieces)
         R, G = self.programs.pieces_for(max(counts.values())), self.programs.groups
         arrays = Pieces(np.zeros((G * R, PIECE), np.int32), np.full(G * R, self.programs.slots, np.int32),
-                        np.zeros(G * R, np.int32))
+                        np.zeros(G * R, np.int32), np.zeros(G * R, np.int32))
         taken, rows = Counter(), []
         for job, start, ids in pieces:
             group = job.slot.group
             row = group * R + taken[group]
             taken[group] += 1
             arrays.tokens_RC[row, :len(ids)] = ids
-            arrays.slots_R[row], arrays.starts_R[row] = job.slot.row, start
+            arrays.slots_R[row], arrays.starts_R[row], arrays.adapters_R[row] = job.slot.row, start, job.work.adapter
             rows.append(row)
         self.counts['prefill_pieces'] += len(pieces)
         self.counts['prompt_tokens'] += sum(len(piece.ids) for piece in pieces)
@@ -375,14 +383,14 @@ class Engine:
         R, G = programs.rows_for(max(counts.values())), programs.groups
         tokens_R, slots_R = np.zeros(G * R, np.int32), np.full(G * R, programs.slots, np.int32)
         positions_R = np.full(G * R, -1 if programs.whole else 0, np.int32)
-        taken, rows = Counter(), {}
+        adapters_R, taken, rows = np.zeros(G * R, np.int32), Counter(), {}
         for job in jobs:
             group = job.slot.group
             row = group * R + (job.slot.row if programs.whole else taken[group])
             taken[group] += 1
             tokens_R[row], slots_R[row], positions_R[row] = job.out[-1].id, job.slot.row, job.position - 1
-            rows[row] = job
-        chosen = self._call('decode', tokens_R, slots_R, positions_R, *self._choice(rows, G * R))
+            adapters_R[row], rows[row] = job.work.adapter, job
+        chosen = self._call('decode', tokens_R, slots_R, positions_R, adapters_R, *self._choice(rows, G * R))
         self.counts['decode_steps'] += 1
         self._take(rows, chosen)
 
@@ -495,7 +503,7 @@ class Engine:
         logprob, greedy = float(scores.logprob_P[i]), bool(scores.greedy_P[i])
         finite = bool(scores.finite_P[i])
         if place == 0 and job.work.as_first:
-            first_V = self.first_token()
+            first_V = self.first_token(job.work.adapter)
             known_V = first_V[:self.tokenizer.vocab_size]
             logprob, greedy, finite = float(first_V[target]), bool(first_V[target] >= known_V.max()), True
         job.found[text][place] = Token(target, logprob, top), greedy, finite
@@ -522,7 +530,8 @@ class Engine:
         tokens_BT[0, :len(work.prompt_ids)] = work.prompt_ids
         output_BW, finite_B, step = jax.device_get(self.programs.run(
             'beams', self._params, tokens_BT, np.array([len(work.prompt_ids)], np.int32),
-            np.int32(work.max_new_tokens), np.int32(eos), static=self.programs.beam_static(work.num_beams)))
+            np.array([work.adapter], np.int32), np.int32(work.max_new_tokens), np.int32(eos),
+            static=self.programs.beam_static(work.num_beams)))
         ids = output_BW[0, :int(step)].tolist()
         reason = 'stop' if eos in ids else 'length'
         ids = ids[:ids.index(eos)] if eos in ids else ids
@@ -570,20 +579,20 @@ class Engine:
         self._cache, result = self.programs.run(name, self._params, self._cache, *arguments)
         return jax.device_get(result)
 
-    def first_token(self) -> np.ndarray:
+    def first_token(self, adapter: int = 0) -> np.ndarray:
         """Compute log p [V] of every token as the first of a text without prefix, once: it is a constant of the model.
 
         EasyLM's definition: it pads the missing prefix, hides the padding from every token, and asks the last padding
         token.  That token sees bos alone and not itself, and no later token sees it.
         Raises FloatingPointError for weights that are not finite.
         """
-        if self._first_V is None:
+        if adapter not in self._first_V:
             tokens_12 = np.array([[self.tokenizer.bos_token_id, self.tokenizer.pad_token_id]], np.int32)
-            first_V = np.asarray(self.programs.run('first', self._params, tokens_12))
+            first_V = np.asarray(self.programs.run('first', self._params, tokens_12, np.array([adapter], np.int32)))
             if not np.isfinite(first_V).all():
                 raise FloatingPointError(DAMAGED)
-            self._first_V = first_V
-        return self._first_V
+            self._first_V[adapter] = first_V
+        return self._first_V[adapter]
 
     def warm_up(self, names: tuple[str, ...] = PROGRAMS, num_beams: int = 1) -> Iterator[None]:
         """Compile, and run once where it has no effect, all that the named programs can need; yields after each."""
@@ -595,13 +604,17 @@ class Engine:
 
 def make_engine(load_params: Callable[[], Llama], config: LlamaConfig, compute: Compute, mesh: Mesh,
                 tokenizer: Tokenizer, *, batch_size: int, length: int, answer_tokens: int = 1, weight_dtype: str = '',
-                cache_dtype: str = '', seed: int = 42, prefix_reuse: bool = True) -> Engine:
+                cache_dtype: str = '', seed: int = 42, prefix_reuse: bool = True,
+                adapters: Sequence[tuple[Llama, Lora]] = ()) -> Engine:
     """Load and cast the weights, and make an engine of batch_size slots: a multiple of the mesh's dp*fsdp.
 
-    length, answer_tokens, weight_dtype, cache_dtype: see Programs; the others: see Engine.
+    adapters: of these weights; works have them by their number, from 1 on.  length, answer_tokens, weight_dtype,
+    cache_dtype: see Programs; the others: see Engine.
     """
+    stacks = stacked(list(adapters), config, mesh) if adapters else None
     programs = Programs(config, compute, mesh, slots=batch_size // rows_unit(mesh), length=length,
                         vocabulary=tokenizer.vocab_size, answer_tokens=answer_tokens, weight_dtype=weight_dtype,
-                        cache_dtype=cache_dtype)
+                        cache_dtype=cache_dtype, stacks=stacks and stacks[1])
     params = jax.block_until_ready(cast_weights(load_params(), config, mesh, programs.weight_dtype))
-    return Engine(programs, params, tokenizer, seed=seed, prefix_reuse=prefix_reuse)
+    params = adapted(params, *stacks) if stacks else params
+    return Engine(programs, params, tokenizer, seed=seed, prefix_reuse=prefix_reuse, adapters=len(adapters))

@@ -31,9 +31,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field
 
-from serving.api import MAX_CHAT_LENGTH, REFUSALS, Body, Options, Text
+from data.chat import ChatTemplate, Message
+from serving.api import MAX_CHAT_LENGTH, REFUSALS, Body, Options, Text, Variant, find_model
 from serving.asking import Asking, Refused
-from serving.chat import ChatTemplate, Message
 from serving.text_stream import BROKEN, TextStream
 from serving.texts import Texts
 from serving.work import MAX_LISTED, MAX_LOGPROBS, Delta, Event, Generate, Generated, Sampling, Token
@@ -182,15 +182,13 @@ class DetokenizeBody(Body):
 # ---------------------------------------------------------------- endpoints
 
 
-def add_endpoints(app: FastAPI, asking: Asking, texts: Texts, options: Options, chat: ChatTemplate | None) -> None:
-    """Add the endpoints to an application."""
+def add_endpoints(app: FastAPI, asking: Asking, texts: Texts, options: Options, models: dict[str, Variant]) -> None:
+    """Add the endpoints to an application; models: what they serve, by name."""
     created, write = int(time.time()), Writer(texts)
     bos = list(texts.prompt_work('a', max_new_tokens=0).prompt_ids)[:-len(texts.tokenizer.encode('a'))]
 
-    def check_model(body) -> None:
-        if body.model is not None and body.model != options.model_name:
-            raise Refused(404, f'there is no such model here: {options.model_name!r} is served', param='model',
-                          code='model_not_found')
+    def model_of(body) -> Variant:
+        return find_model(body.model, options, models)
 
     def logged(request: Request, what: str, content) -> None:
         if options.logging:
@@ -198,22 +196,23 @@ def add_endpoints(app: FastAPI, asking: Asking, texts: Texts, options: Options, 
 
     @app.post('/v1/completions', responses=REFUSALS)
     async def completions(body: CompletionBody, request: Request):
-        check_model(body)
+        variant = model_of(body)
         logged(request, 'is asked', body)
         asked = await asking.apart(Completions, body, texts, options, write)
-        return await respond(request, body, asked)
+        return await respond(request, body, asked, variant)
 
     @app.post('/v1/chat/completions', responses=REFUSALS)
     async def chat_completions(body: ChatCompletionBody, request: Request):
-        check_model(body)
-        if chat is None:
+        variant = model_of(body)
+        if variant.chat is None:
             raise Refused(400, 'this model has no chat template (--lm_server.chat_template): use /v1/completions',
                           param='messages')
         logged(request, 'is asked', body)
-        asked = await asking.apart(Chats, body, texts, options, write, chat)
-        return await respond(request, body, asked)
+        asked = await asking.apart(Chats, body, texts, options, write, variant.chat)
+        return await respond(request, body, asked, variant)
 
-    async def respond(request: Request, body: Sampled, asked: 'Asked'):
+    async def respond(request: Request, body: Sampled, asked: 'Asked', variant: Variant):
+        asked.works = variant.works(asked.works)
         if body.stream:
             return await asking.stream(request, asked.works, asked.pieces, asked.first(), asked.last)
         content = asked.whole(await asking.ask(request, asked.works))
@@ -221,14 +220,14 @@ def add_endpoints(app: FastAPI, asking: Asking, texts: Texts, options: Options, 
         return JSONResponse(content)
 
     @app.get('/v1/models')
-    async def models():
+    async def list_models():
         return JSONResponse({'object': 'list', 'data': [{
-            'id': options.model_name, 'object': 'model', 'created': created, 'owned_by': 'pallama',
-            'max_model_len': texts.seq_length}]})
+            'id': name, 'object': 'model', 'created': created, 'owned_by': 'pallama',
+            'max_model_len': texts.seq_length} for name in models]})
 
     @app.post('/tokenize', responses=REFUSALS)
     async def tokenize(body: TokenizeBody):
-        check_model(body)
+        model_of(body)
         if (body.text is None) == (body.prompt is None):
             raise Refused(400, 'say either text or prompt', param='text')
         text = body.text if body.prompt is None else body.prompt
@@ -238,7 +237,7 @@ def add_endpoints(app: FastAPI, asking: Asking, texts: Texts, options: Options, 
 
     @app.post('/detokenize', responses=REFUSALS)
     async def detokenize(body: DetokenizeBody):
-        check_model(body)
+        model_of(body)
         return JSONResponse({'text': await asking.apart(texts.tokenizer.decode, body.tokens)})
 
 
@@ -301,7 +300,7 @@ class Asked:
         self.body, self.texts, self.options, self.write = body, texts, options, write
         self.n = body.n or 1
         self.head = {'id': self.prefix + secrets.token_hex(12), 'created': int(time.time()),
-                     'model': options.model_name}
+                     'model': options.model_name if body.model is None else body.model}
         if body.stream_options is not None and not body.stream:
             raise Refused(400, 'stream_options go with stream=true', param='stream_options')
         self.works: list = []

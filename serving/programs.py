@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.cache import Cache, init_cache
 from model.config import Compute, LlamaConfig
 from model.llama import hidden_states
-from model.lora import Lora, adapted_partitions
+from model.lora import Lora, adapted, adapted_partitions, stacked_partitions, with_rows
 from model.loss import logits
 from model.partition import BATCH, DTYPES, all_gather, pytree, rows_unit
 from model.quantized import quantize, quantized_partitions
@@ -49,11 +49,13 @@ FEWEST_ROWS, FEWEST_INT8_ROWS, FEWEST_PIECES = 4, 2, 4  # see above
 
 @pytree
 class Pieces:
-    """R pieces of text.  slots_R: of the group.  starts_R: position of their first token."""
+    """R pieces of text.  slots_R: of the group.  starts_R: position of their first token.  adapters_R: which of the
+    model's adapters each has, 0 for none."""
 
     tokens_RC: jax.Array
     slots_R: jax.Array
     starts_R: jax.Array
+    adapters_R: jax.Array
 
 
 @pytree
@@ -103,17 +105,18 @@ class Programs:
     slots: of each group.  length: tokens that a slot holds.  vocabulary: ids that the tokenizer knows; others are never
     chosen.  weight_dtype, cache_dtype: '' for the compute dtype; weights can be 'int8', and the cache too.
     answer_tokens: most of an answer, the rest of `length` being for the prompt; `beams` is told them.  lora: the
-    weights are `adapted` by these adapters, kept as they train.  wait_for_all: called between compiling a program and
-    running it (processes compile at their own pace, and collectives between CPUs wait for half a minute only).
+    weights are `adapted` by these adapters, kept as they train.  stacks: they are `adapted` by stacks of these, of
+    which each row has its own.  wait_for_all: called between compiling a program and running it (processes compile at
+    their own pace, and collectives between CPUs wait for half a minute only).
     `compilations` counts what was compiled.
     """
 
     def __init__(self, config: LlamaConfig, compute: Compute, mesh: Mesh, *, slots: int, length: int, vocabulary: int,
                  answer_tokens: int = 1, weight_dtype: str = '', cache_dtype: str = '', lora: Lora | None = None,
-                 wait_for_all: Callable[[], object] = lambda: None):
+                 stacks: Lora | None = None, wait_for_all: Callable[[], object] = lambda: None):
         self.config, self.compute, self.mesh, self._wait_for_all = config, compute, mesh, wait_for_all
         self.slots, self.length, self.vocabulary, self.answer_tokens = slots, length, vocabulary, answer_tokens
-        self.weight_dtype, self.lora = weight_dtype or compute.dtype, lora
+        self.weight_dtype, self.lora, self.stacks = weight_dtype or compute.dtype, lora, stacks
         self._fewest = FEWEST_INT8_ROWS if self.weight_dtype == 'int8' else FEWEST_ROWS
         self.cache_dtype = jnp.int8 if cache_dtype == 'int8' else DTYPES[cache_dtype or compute.dtype]
         self.groups = rows_unit(mesh)
@@ -137,17 +140,18 @@ class Programs:
 
     def warm_up(self, params, cache, names: tuple[str, ...], num_beams: int = 1) -> Iterator[None]:
         """Compile, without running, every shape of the named programs; yields after each."""
+        one = jax.ShapeDtypeStruct((1,), np.int32)
         if 'first' in names:
-            self.compile('first', params, jax.ShapeDtypeStruct((1, 2), np.int32))
+            self.compile('first', params, jax.ShapeDtypeStruct((1, 2), np.int32), one)
             yield
         for name in (name for name in names if name != 'first'):
             for arguments in self.shapes(name):
                 self.compile(name, params, cache, *arguments)
                 yield
         if num_beams > 1:
-            one, number = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+            number = jax.ShapeDtypeStruct((), np.int32)
             for length in self.beam_buckets():
-                self.compile('beams', params, jax.ShapeDtypeStruct((1, length), np.int32), one, number, number,
+                self.compile('beams', params, jax.ShapeDtypeStruct((1, length), np.int32), one, one, number, number,
                              static=self.beam_static(num_beams))
                 yield
 
@@ -157,8 +161,8 @@ class Programs:
         G, flag = self.groups, jax.ShapeDtypeStruct((), bool)
         if name == 'decode':
             every = [self.slots + 1] if self.whole else sizes(self._fewest, self.slots)
-            return [(ints(G * R), ints(G * R), ints(G * R), self.choice_shape(G * R), flag) for R in every]
-        pieces = [(R, Pieces(ints(G * R, PIECE), ints(G * R), ints(G * R))) for R in sizes(FEWEST_PIECES, MOST_PIECES)]
+            return [(*[ints(G * R)] * 4, self.choice_shape(G * R), flag) for R in every]
+        pieces = [(R, Pieces(ints(G * R, PIECE), *[ints(G * R)] * 3)) for R in sizes(FEWEST_PIECES, MOST_PIECES)]
         if name == 'prefill':
             return [(piece, ints(G * R), self.choice_shape(G * R), flag) for R, piece in pieces]
         return [(piece, ints(G * P), ints(G * P), flag) for R, piece in pieces for P in (FEW_TARGETS * R, PIECE * R)]
@@ -188,20 +192,22 @@ class Programs:
     def _new_cache(self) -> Cache:
         return init_cache(self.config, self.slots + 1, self.length + PIECE, self.cache_dtype, lax.axis_size('mp'))
 
-    def _through(self, params, cache: Cache, tokens_RC, slots_R, starts_R):
+    def _through(self, params, cache: Cache, tokens_RC, slots_R, starts_R, adapters_R):
         positions_RC = starts_R[:, None] + jnp.arange(tokens_RC.shape[1], dtype=jnp.int32)[None]
-        return hidden_states(params, tokens_RC, None, self.config, self.compute, positions_BT=positions_RC,
-                             cache=cache, rows_B=slots_R)
+        return hidden_states(with_rows(params, adapters_R), tokens_RC, None, self.config, self.compute,
+                             positions_BT=positions_RC, cache=cache, rows_B=slots_R)
 
     def _prefill(self, params, cache, pieces: Pieces, asked_R, choice: Choice, tell):
         """asked_R: the token of each piece that a next one is chosen after.  tell: whether `top` is wanted."""
-        h_RCM, cache = self._through(params, cache, pieces.tokens_RC, pieces.slots_R, pieces.starts_R)
+        h_RCM, cache = self._through(params, cache, pieces.tokens_RC, pieces.slots_R, pieces.starts_R,
+                                     pieces.adapters_R)
         h_R1M = jnp.take_along_axis(h_RCM, asked_R[:, None, None], axis=1)
         return cache, self._choose(params, h_R1M, choice, tell)
 
-    def _decode(self, params, cache, tokens_R, slots_R, positions_R, choice: Choice, tell):
+    def _decode(self, params, cache, tokens_R, slots_R, positions_R, adapters_R, choice: Choice, tell):
         """tokens_R: each slot's last token, not yet in the cache, of position positions_R."""
-        h_R1M, cache = self._through(params, cache, tokens_R[:, None], None if self.whole else slots_R, positions_R)
+        h_R1M, cache = self._through(params, cache, tokens_R[:, None], None if self.whole else slots_R, positions_R,
+                                     adapters_R)
         return cache, self._choose(params, h_R1M, choice, tell)
 
     def _choose(self, params, h_R1M, choice: Choice, tell) -> Chosen:
@@ -230,7 +236,8 @@ class Programs:
 
     def _score(self, params, cache, pieces: Pieces, places_P, targets_P, tell) -> tuple[Cache, Scores]:
         """Score targets_P as the tokens after places_P, which count through [R, C].  tell: whether `top` is wanted."""
-        h_RCM, cache = self._through(params, cache, pieces.tokens_RC, pieces.slots_R, pieces.starts_R)
+        h_RCM, cache = self._through(params, cache, pieces.tokens_RC, pieces.slots_R, pieces.starts_R,
+                                     pieces.adapters_R)
         h_PM = h_RCM.reshape(-1, h_RCM.shape[-1])[places_P]
         P, size = places_P.shape[0], min(places_P.shape[0], PLACES_AT_ONCE)
 
@@ -247,24 +254,26 @@ class Programs:
         scores = lax.map(some, (h_PM.reshape(P // size, size, -1), targets_P.reshape(P // size, size)))
         return cache, jax.tree.map(lambda x: x.reshape(P, *x.shape[2:]), scores)
 
-    def _first(self, params, tokens_12):
+    def _first(self, params, tokens_12, adapters_1):
         """Compute log p [V] of the token after a padding token that sees bos alone: tokens_12 are bos and padding.
 
         In the cache bos has place 0 and the padding token place 1, but its position is 0: it sees place 0 only.
         """
         cache = init_cache(self.config, 1, 2, DTYPES[self.compute.dtype], lax.axis_size('mp'))
         compute = dataclasses.replace(self.compute, attention='reference')
-        h_12M, _ = hidden_states(params, tokens_12, None, self.config, compute, cache=cache,
+        h_12M, _ = hidden_states(with_rows(params, adapters_1), tokens_12, None, self.config, compute, cache=cache,
                                  positions_BT=jnp.zeros((1, 2), jnp.int32))
         return jax.nn.log_softmax(all_gather(logits(params, h_12M[:, 1:])[0], 'P V/mp -> P V')[0])
 
-    def _beams(self, params, tokens_BT, lengths_B, limit, eos, num_beams: int, most: int, input_length: int):
+    def _beams(self, params, tokens_BT, lengths_B, adapters_B, limit, eos, num_beams: int, most: int,
+               input_length: int):
         """Search with beams for `limit` tokens: (output_BW, finite_B, step).  Each prompt has E rows of a cache."""
         (B, T), E = tokens_BT.shape, num_beams
         cache = init_cache(self.config, B, T + most, DTYPES[self.compute.dtype], lax.axis_size('mp'))
-        h_BTM, cache = hidden_states(params, tokens_BT, jnp.ones_like(tokens_BT), self.config, self.compute,
-                                     cache=cache)
+        h_BTM, cache = hidden_states(with_rows(params, adapters_B), tokens_BT, jnp.ones_like(tokens_BT), self.config,
+                                     self.compute, cache=cache)
         h_B1M = jnp.take_along_axis(h_BTM, lengths_B[:, None, None] - 1, axis=1)
+        each = with_rows(params, jnp.repeat(adapters_B, E))
         h_R1M, cache = jnp.repeat(h_B1M, E, axis=0), jax.tree.map(lambda x: jnp.repeat(x, E, axis=1), cache)
 
         def choose_next(search, cache, finite_B, h_R1M):
@@ -280,7 +289,7 @@ class Programs:
             search, cache, finite_B, _ = state
             token_R1 = lax.dynamic_slice_in_dim(search.tokens_BEW, search.step - 1, 1, axis=2).reshape(B * E, 1)
             positions_R1 = (jnp.repeat(lengths_B, E) + search.step - 1)[:, None]
-            h_R1M, cache = hidden_states(params, token_R1, jnp.ones_like(token_R1), self.config, self.compute,
+            h_R1M, cache = hidden_states(each, token_R1, jnp.ones_like(token_R1), self.config, self.compute,
                                          positions_BT=positions_R1, cache=cache)
             return choose_next(search, cache, finite_B, h_R1M)
 
@@ -316,20 +325,23 @@ class Programs:
 
     def _definition(self, name: str, static: tuple):
         """Define a program: (function, in_specs, out_specs, donated arguments)."""
-        params = adapted_partitions(self.config, self.lora) if self.lora else (
-            quantized_partitions if self.weight_dtype == 'int8' else partitions)(self.config)
+        params = (quantized_partitions if self.weight_dtype == 'int8' else partitions)(self.config)
+        if self.stacks:
+            params = adapted(params, stacked_partitions(self.config, self.stacks), self.stacks)
+        if self.lora:
+            params = adapted_partitions(self.config, self.lora)
         everywhere = PartitionSpec()
         rows = PartitionSpec(None, BATCH[0], None, 'mp')
         factors = PartitionSpec(None, BATCH[0], None, 'mp', None) if self.cache_dtype == jnp.int8 else None
         cache = Cache(rows, rows, factors)
-        pieces, chosen = Pieces(BATCH, BATCH, BATCH), Chosen(*[BATCH] * 5)
+        pieces, chosen = Pieces(*[BATCH] * 4), Chosen(*[BATCH] * 5)
         choice, scores = Choice(*[BATCH] * 9), Scores(*[BATCH] * 5)
         return {
             'new_cache': (self._new_cache, (), cache, ()),
             'prefill': (self._prefill, (params, cache, pieces, BATCH, choice, everywhere), (cache, chosen), (1,)),
             'score': (self._score, (params, cache, pieces, BATCH, BATCH, everywhere), (cache, scores), (1,)),
-            'decode': (self._decode, (params, cache, BATCH, BATCH, BATCH, choice, everywhere), (cache, chosen), (1,)),
-            'first': (self._first, (params, everywhere), everywhere, ()),
+            'decode': (self._decode, (params, cache, *[BATCH] * 4, choice, everywhere), (cache, chosen), (1,)),
+            'first': (self._first, (params, everywhere, everywhere), everywhere, ()),
             'beams': (lambda *arguments: self._beams(*arguments, *static),
-                      (params, everywhere, everywhere, everywhere, everywhere), (everywhere,) * 3, ()),
+                      (params, *[everywhere] * 5), (everywhere,) * 3, ()),
         }[name]

@@ -58,7 +58,7 @@ class Generate:
     ignore_eos: go on behind EOS.  truncated: the prompt lost its beginning before it came here (told in the answer).
     window: 0, or so many new tokens after which the slot begins again with the last tokens of prompt and answer
     (EasyLM's /greedy-until, which has no end).  num_beams: above 1, a search with so many beams; greedy otherwise.
-    streamed: somebody reads the tokens as they come (Delta).
+    streamed: somebody reads the tokens as they come (Delta).  adapter: which of the engine's, 0 for none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -72,6 +72,7 @@ class Generate:
     window: int = 0
     num_beams: int = 1
     streamed: bool = False
+    adapter: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +82,14 @@ class Score:
     prefix_ids: at least one.  texts: token ids, none of them empty; they share the prefix's computation.
     logprobs: None, or how many likeliest tokens are told of each place beside the one that is scored.
     as_first: the first token of each text is scored as the first of a text that nothing stands before, as EasyLM does
-    it (the program `first`); the prefix is bos alone then.
+    it (the program `first`); the prefix is bos alone then.  adapter: which of the engine's, 0 for none.
     """
 
     prefix_ids: tuple[int, ...]
     texts: tuple[tuple[int, ...], ...]
     logprobs: int | None = None
     as_first: bool = False
+    adapter: int = 0
 
 
 Work = Generate | Score

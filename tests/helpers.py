@@ -88,12 +88,13 @@ class Asker:
     """An engine with the texts it is asked in; `params` and what follows as Engine, Programs and Texts take them."""
 
     def __init__(self, params, config, compute, tokenizer, mesh, *, batch_size=4, input_length=64, seq_length=128,
-                 weight_dtype='', cache_dtype='', prefix_reuse=True, add_bos_token=True, seed=42):
+                 weight_dtype='', cache_dtype='', prefix_reuse=True, add_bos_token=True, seed=42, adapters=()):
         self.texts = Texts(tokenizer, config, input_length=input_length, seq_length=seq_length,
                            add_bos_token=add_bos_token)
         self.engine = make_engine(lambda: params, config, compute, mesh, tokenizer, batch_size=batch_size,
                                   length=seq_length, answer_tokens=seq_length - input_length, seed=seed,
-                                  weight_dtype=weight_dtype, cache_dtype=cache_dtype, prefix_reuse=prefix_reuse)
+                                  weight_dtype=weight_dtype, cache_dtype=cache_dtype, prefix_reuse=prefix_reuse,
+                                  adapters=adapters)
         self.programs, self.params = self.engine.programs, self.engine._params
 
     def ask(self, question):

@@ -1,11 +1,12 @@
-"""Claims about serving/chat.py: templates as the models know them, and contents that stay contents."""
+"""Claims about data/chat.py and serving/chat.py: templates as the models know them, and contents that stay contents."""
 import json
 
 import pytest
 
+from data.chat import Message
 from data.tokenizer import load_tokenizer
 from serving.api import Options
-from serving.chat import Message, choose_template
+from serving.chat import choose_template
 
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -20,18 +21,21 @@ TALK = [Message('system', 'be kind'), Message('user', 'hi {{ 7 * 6 }}'), Message
 
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
-    """A byte-level tokenizer with the control tokens of ChatML and Llama 3, ids from 256 on."""
+    return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp('tokenizer')))
+
+
+def byte_tokenizer(folder):
+    """Write a byte-level tokenizer with the control tokens of ChatML and Llama 3, ids from 256 on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(CONTROL)
-    folder = tmp_path_factory.mktemp('tokenizer')
     inner.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps(
         {'bos_token': '<|begin_of_text|>', 'eos_token': '<|im_end|>'}))
-    return load_tokenizer(folder)
+    return folder
 
 
 def spelled(tokenizer, ids):

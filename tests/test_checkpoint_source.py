@@ -27,7 +27,8 @@ from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_w
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from mistake import Mistake
-from model.config import MODELS, Compute, LlamaConfig
+from model import lora
+from model.config import MODELS, Compute, LlamaConfig, config_to_dict
 from model.llama import hidden_states
 from model.loss import logits
 from model.partition import make_mesh
@@ -102,15 +103,13 @@ def assert_equal_whole_tensors(params, reader, config):
             np.testing.assert_array_equal(leaf if layer is None else leaf[layer], reader.tensor(weight.name, layer))
 
 
-@pytest.mark.parametrize('mesh', ['1,1,8', '1,4,2', '2,1,4'])
-@pytest.mark.parametrize('kind', ['hf', 'gguf', 'gguf_quantised', 'params', 'bf16', 'flax_params'])
-def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, mesh):
-    """Bit for bit; mp=8 cuts 4 key/value heads in two, fsdp=4 cuts rows of 64 in quantised blocks of 32."""
+def random_model(tmp_path, kind):
+    """(spec, sizes) of a model of random weights in the format `kind`."""
     config = LlamaConfig(64, 64, 128, 2, 8, 8 if kind in ('params', 'bf16', 'flax_params') else 4)
     rng = np.random.default_rng(0)
     shapes = {spec.name: spec.shape[spec.stacked:] for spec in jax.tree.leaves(weight_specs(config))}
     tensor = lambda name, layer: rng.standard_normal(shapes[name], np.float32)
-    if kind in ('hf', 'gguf', 'gguf_quantised'):
+    if kind in ('hf', 'gguf', 'gguf_quantised', 'native'):
         huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
         spec = f'hf::{tmp_path}/hf'
     if kind.startswith('gguf'):
@@ -125,8 +124,79 @@ def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, me
             functools.reduce(lambda node, part: node.setdefault(part, {}), key[:-1], tree)[key[-1]] = flax_array(value)
         (tmp_path / 'f').write_bytes(msgpack.packb(tree))
         spec = f'flax_params::{tmp_path}/f'
+    if kind == 'native':
+        read, stack = checkpoint.open(spec).reader(config).tensor, jax.tree.leaves(weight_specs(config))
+        arrays = {f'params.{spec.name}': jnp.asarray(np.stack([read(spec.name, layer) for layer in range(2)]) if
+                                                     spec.stacked else read(spec.name, None)) for spec in stack}
+        native.save(tmp_path / 'native', 1, arrays, dict(model=config_to_dict(config)), {}, keep=1)
+        spec = str(tmp_path / 'native')
+    return spec, config
+
+
+@pytest.mark.parametrize('mesh', ['1,1,8', '1,4,2', '2,1,4'])
+@pytest.mark.parametrize('kind', ['hf', 'gguf', 'gguf_quantised', 'params', 'bf16', 'flax_params', 'native'])
+def test_every_format_read_in_slices_equals_its_whole_tensors(tmp_path, kind, mesh):
+    """Bit for bit; mp=8 cuts 4 key/value heads in two, fsdp=4 cuts rows of 64 in quantised blocks of 32."""
+    spec, config = random_model(tmp_path, kind)
     params = checkpoint.open(spec).load_params(config, make_mesh(mesh))
     assert_equal_whole_tensors(params, checkpoint.open(spec).reader(config), config)
+
+
+@pytest.mark.parametrize('kind, mesh', [('hf', '1,1,8'), ('gguf', '1,4,2'), ('params', '2,2,2'), ('native', '1,8,1')])
+def test_weights_load_straight_into_the_dtype_of_a_frozen_base(tmp_path, kind, mesh, monkeypatch):
+    """bf16 and int8 have the bits, dtypes and shardings of float32 weights that are frozen; as int8 each number of a
+    matrix is read once, though a factor needs columns that several devices hold.
+    """
+    spec, config = random_model(tmp_path, kind)
+    mesh, source = make_mesh(mesh), checkpoint.open(spec)
+    params, reader, reads = source.load_params(config, mesh), type(source.reader(config)), []
+    read = reader.tensor
+    monkeypatch.setattr(reader, 'tensor', lambda *args: reads.append((part := read(*args)).size) or part)
+    for dtype in ('bf16', 'int8'):
+        reads.clear()
+        loaded = source.load_params(config, mesh, dtype)
+        assert sum(reads) == sum(spec.size for spec in jax.tree.leaves(weight_specs(config)))
+        frozen = lora.freeze(params, config, mesh, dtype)
+        assert jax.tree.structure(loaded) == jax.tree.structure(frozen)
+        for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(frozen), strict=True):
+            assert (got.dtype, got.sharding) == (want.dtype, want.sharding)
+            assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+def test_a_fingerprint_is_of_the_values_alone(tmp_path, monkeypatch):
+    """hf, gguf, EasyLM's and our copy of a model have the same one; each tensor counts, and a corner of it is read."""
+    config = LlamaConfig(64, 64, 128, 2, 4, 4, tie_word_embeddings=False, rope_theta=10000.0)
+    specs, changed = jax.tree.leaves(weight_specs(config)), set()
+
+    def tensor(name, layer):
+        rng = np.random.default_rng([ord(letter) for letter in name] + [layer or 0])
+        values = rng.standard_normal(next(spec.shape[spec.stacked:] for spec in specs if spec.name == name), np.float32)
+        return values.astype(ml_dtypes.bfloat16).astype(np.float32) + ((name, layer) in changed)
+
+    def fingerprint(spec):
+        return checkpoint.open(spec).fingerprint(config)
+
+    huggingface_writer.write(tmp_path / 'hf', tensor, config, None, None, 'fp32', 10**9)
+    huggingface_writer.write(tmp_path / 'bf16', tensor, config, None, None, 'bf16', 10**5)
+    easylm_writer.write_params(tmp_path / 'params', tensor, config, 'bf16')
+    arrays = {f'params.{spec.name}': jnp.stack([tensor(spec.name, layer) for layer in range(2)]) if spec.stacked else
+              jnp.asarray(tensor(spec.name, None)) for spec in specs}
+    native.save(tmp_path / 'native', 1, arrays, dict(model=config_to_dict(config)), {}, keep=1)
+    write_gguf(tmp_path / 'model.gguf', tmp_path / 'hf')
+    whole = fingerprint(f'hf::{tmp_path}/hf')
+    for spec in (f'hf::{tmp_path}/bf16', f'params::{tmp_path}/params', str(tmp_path / 'native'),
+                 f'gguf::{tmp_path}/model.gguf'):
+        assert fingerprint(spec) == whole, spec
+    reads, read = [], huggingface.Reader.tensor
+    monkeypatch.setattr(huggingface.Reader, 'tensor', lambda *args: reads.append(read(*args).size) or read(*args))
+    fingerprint(f'hf::{tmp_path}/hf')
+    monkeypatch.undo()
+    assert max(reads) == 16 * config.head_dim and len(reads) == len(reading.tensors_of(config))
+    for number, (spec, layer) in enumerate(reading.tensors_of(config)):
+        changed.clear()
+        changed.add((spec.name, layer))
+        huggingface_writer.write(tmp_path / f'{number}', tensor, config, None, None, 'fp32', 10**9)
+        assert fingerprint(f'hf::{tmp_path}/{number}') != whole, spec.name
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
@@ -149,6 +219,8 @@ def test_host_bytes_are_four_slices():
     assert checkpoint.source.host_bytes(config, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (32000 * 8192 * 4)
     small = LlamaConfig(64, 64, 128, 2, 8)  # its stacks are put together on the host
     assert checkpoint.source.host_bytes(small, make_mesh('1,1,1', jax.devices()[:1])) == 4 * (2 * 64 * 128 * 4)
+    base = LlamaConfig(1024, 512, 2048, 4, 8, 8)
+    assert checkpoint.source.host_bytes(base, make_mesh('1,4,2'), 'int8') == 4 * (512 * 1024 * 4) + 512 * 2048
 
 
 MEASURED = '''
@@ -169,15 +241,16 @@ status = lambda: {line.split(':')[0]: int(line.split()[1]) * 1024
                   for line in open('/proc/self/status') if line.startswith('Vm')}
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
 before = status()['VmRSS']
-params = jax.block_until_ready(checkpoint.open(sys.argv[1]).load_params(config, mesh))
+params = jax.block_until_ready(checkpoint.open(sys.argv[1]).load_params(config, mesh, sys.argv[2]))
 peak = status()['VmHWM'] - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print('BESIDE', peak, checkpoint.source.host_bytes(config, mesh))
+print('BESIDE', peak, checkpoint.source.host_bytes(config, mesh, sys.argv[2]))
 '''
 
 
-@pytest.mark.parametrize('kind', ['hf', 'params'])
-def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
-    """Loading 390 MB, of which a stack is 81 MB, takes no more than host_bytes (4 x 17 MB) beside the result.
+@pytest.mark.parametrize('kind, dtype', [('hf', 'fp32'), ('params', 'fp32'), ('hf', 'int8')])
+def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind, dtype):
+    """Loading 390 MB, of which a stack is 81 MB, takes no more than host_bytes (4 x 17 MB) beside the result; as int8
+    too, where the result is a quarter.
 
     MALLOC_MMAP_THRESHOLD_: what is freed goes back to the system and is not counted.
     """
@@ -189,7 +262,8 @@ def test_host_memory_beside_the_result_is_that_of_a_few_slices(tmp_path, kind):
         huggingface_writer.write(tmp_path / 'model', tensor, config, None, None, 'bf16', 10**12)
     else:
         easylm_writer.write_params(tmp_path / 'model', tensor, config, 'bf16')
-    done = subprocess.run([sys.executable, '-c', MEASURED, f'{kind}::{tmp_path}/model'], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, '-c', MEASURED, f'{kind}::{tmp_path}/model', dtype], capture_output=True,
+                          text=True,
                           env=os.environ | dict(PYTHONPATH=str(ROOT), XLA_FLAGS='', MALLOC_MMAP_THRESHOLD_=str(2**20)))
     assert done.returncode == 0, done.stderr
     beside, bound = map(int, done.stdout.split('BESIDE ')[1].split())
@@ -287,17 +361,18 @@ def test_a_bare_foreign_path_is_answered_with_its_type(golden):
 
 
 def test_native_checkpoint_gives_back_all_it_was_given(golden, tmp_path):
-    """Configuration, weights, tokenizer and template of a saved model, from the directory or from the step in it."""
+    """Configuration, weights, tokenizer and templates of a saved model, from the directory or from the step in it."""
     config, tokenizer = easylm_config(golden), load_tokenizer(golden / 'easylm/tokenizer.model')
     params = checkpoint.open(f'params::{golden}/easylm/streaming_params_fp32').load_params(config, make_mesh('1,4,2'))
     template = PromptTemplate(labels=('bad', 'good'))
-    meta, files = checkpoint.source.describe(config, tokenizer, template)
+    meta, files = checkpoint.source.describe(config, tokenizer, template, True, '{{ messages }}')
     step = native.save(tmp_path, 3, by_name(params, config, 'params'), meta, files, keep=1)
     for spec in (str(tmp_path), str(step)):
         source = checkpoint.open(spec)
         loaded = source.load_params(source.config, make_mesh('2,2,2'))
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
         assert source.config == config and source.template == template and source.step == 3
+        assert source.add_bos_token is True and source.chat_template == '{{ messages }}'
         assert source.tokenizer.fingerprint == tokenizer.fingerprint
     with pytest.raises(ValueError, match='head_dim got 16 want 32'):
         source.load_params(dataclasses.replace(config, num_attention_heads=2, num_key_value_heads=2, head_dim=32),
@@ -311,7 +386,8 @@ def test_native_checkpoint_keeps_a_json_tokenizer_with_its_ids(tmp_path):
     meta, files = checkpoint.source.describe(LlamaConfig(), tokenizer, None)
     native.save(tmp_path, 1, {}, meta, files, keep=1)
     source = checkpoint.open(str(tmp_path))
-    assert source.tokenizer.fingerprint == tokenizer.fingerprint and source.template is None
+    assert source.tokenizer.fingerprint == tokenizer.fingerprint
+    assert source.template is source.chat_template is None
 
 
 # ---------------------------------------------------------------- a run that writes and deletes meanwhile

@@ -99,3 +99,15 @@ def test_what_is_no_url_is_refused():
     """A missing scheme is found before anything is sent."""
     with pytest.raises(ValueError, match="url='localhost:5007' must begin with http://"):
         Server('localhost:5007', 1)
+
+
+def test_answers_say_whether_they_were_cut_and_prompts_whether_they_lost_something(served):
+    """Ours says both; EasyLM's says neither, which is None."""
+    url, state = served
+    ours = {'finish_reason': ['stop', 'length'], 'truncated': [False, True]}
+    for added, told in ((ours, [(False, False), (True, True)]), ({}, [(None, None)] * 2)):
+        state['reply'] = lambda path, body, added=added: (200, {'output_text': ['A', 'B']} | added)
+        state['asked'], done = [], []
+        found = Server(url, batch_size=2).continued(['a', 'b'], [[], ['.']], 7, done.append)
+        assert found == [(text, *said) for text, said in zip('AB', told, strict=True)] and done == [2]
+        assert state['asked'] == [('/greedy-until', {'prefix_text': ['a', 'b'], 'until': [[], ['.']], 'max_length': 7})]

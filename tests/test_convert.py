@@ -92,7 +92,7 @@ def test_tokenizer_template_and_bos_go_where_there_is_a_place(golden, tmp_path, 
     """Native keeps all three, hf the tokenizer and add_bos_token, easylm the tokenizer; what is left out is said."""
     config, tokenizer = LlamaConfig(640, 16, 24, 2, 2), load_tokenizer(golden / 'easylm/tokenizer.model')
     template = PromptTemplate(labels=('bad', 'good'))
-    meta, files = checkpoint.source.describe(config, tokenizer, template, False)
+    meta, files = checkpoint.source.describe(config, tokenizer, template, False, 'chatml')
     arrays = {f'params.{weight.name}': native.Streamed(weight.shape, np.dtype(np.float32), weight.shape[0],
                                                        iter([np.ones(weight.shape, np.float32)]))
               for weight in jax.tree.leaves(weight_specs(config))}
@@ -102,6 +102,7 @@ def test_tokenizer_template_and_bos_go_where_there_is_a_place(golden, tmp_path, 
     found = checkpoint.open(spec).tokenizer if kind != 'easylm' else load_tokenizer(output)
     assert found.fingerprint == tokenizer.fingerprint
     assert checkpoint.open(spec).template == (template if kind == 'native' else None)
+    assert checkpoint.open(spec).chat_template == ('chatml' if kind == 'native' else None)
     assert checkpoint.open(spec).add_bos_token is (None if kind == 'easylm' else False)
     lines = capsys.readouterr().out.splitlines()
     assert (kind == 'native') != any('left out: the prompt template' in line for line in lines)

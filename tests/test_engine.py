@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec
 import checkpoint
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
-from model import llama, loss
+from model import llama, lora, loss
 from model.config import Compute, LlamaConfig, config_from_dict
 from model.partition import check_rows, make_mesh
+from model.weights import init_weights
 from serving import beams, programs
 from serving import engine as engine_file
 from serving.engine import PROGRAMS
@@ -358,6 +359,75 @@ def test_narrow_weights_and_caches_stay_near(make, asker, weight_dtype, cache_dt
         np.testing.assert_allclose(found, exact, atol=within * 6)
         assert found != exact
         assert [len(answer.tokens) for answer in narrow.generate(['a', 'b'], count=3, ignore_eos=True)] == [3, 3]
+
+
+@pytest.fixture(scope='module')
+def adapters(asker):
+    """Two for that model, of other ranks, targets and scales; B is drawn, large enough to change answers."""
+    config, mesh, found = asker.programs.config, make_mesh('1,1,1', jax.devices()[:1]), []
+    for its in (lora.Lora(2, 4, ('w_q', 'w_down')), lora.Lora(5, 20, ('w_v', 'w_q', 'w_o'), rslora=True)):
+        made = init_weights(lora.adapter_specs(config, its), mesh, its.rank, config.initializer_range)
+        keys = iter(jax.random.split(jax.random.key(its.rank), 8))
+        found.append((jax.tree.map(lambda one, keys=keys: lora.Adapter(
+            one.a, 0.2 * jax.random.normal(next(keys), one.b.shape)), made,
+            is_leaf=lambda node: isinstance(node, lora.Adapter)), its))
+    return found
+
+
+@pytest.fixture(scope='module')
+def merged(make, adapters):
+    """What engines of the base and of each adapter merged into it give: (scored, answer, first_token)."""
+    asker, found = make(), []
+    base, (works, _) = asker.params, adapter_works(asker, 0)
+    for params in (base, *(lora.merged(base, *one) for one in adapters)):
+        asker.engine._params, asker.engine._first_V = params, {}
+        for slot in asker.engine.slots:
+            slot.held.clear()
+        found.append((*asker.engine.run(list(works)), asker.engine.first_token()))
+    return found
+
+
+def adapter_works(asker, number: int) -> tuple[tuple[Score, Generate], list[int]]:
+    prompt = tuple(asker.texts.prompt_work(PROMPTS[0], max_new_tokens=1).prompt_ids)
+    texts = tuple(tuple(asker.texts.tokenizer.encode(text)) for text in ('Positive', 'a fine film'))
+    return (Score(prompt, texts, adapter=number), Generate(prompt, 6, adapter=number)), prompt
+
+
+@pytest.mark.parametrize('mesh_dim, attention', [('1,1,1', 'reference'), ('2,2,2', 'reference'), ('1,1,1', 'pallas')])
+def test_adapters_of_one_base_are_batched_together(make, adapters, merged, mesh_dim, attention):
+    """Each row with its own, as if its adapter alone were merged into the weights; the slots' prefixes are not mixed.
+
+    Without an adapter the numbers are the base's to the bit, where the programs are of the same rows.
+    """
+    together = make(mesh_dim, adapters=adapters, batch_size=8, attention=attention)
+    pairs = [adapter_works(together, n)[0] for n in (0, 1, 2)]
+    scores = [score for score, _ in pairs]
+    works = scores + [generate for _, generate in pairs[::-1]] + scores
+    *once, two, one, none, again, adapted_1, adapted_2 = together.engine.run(works)
+    logprobs = lambda scored: [token.logprob for text in scored.texts for token in text]
+    for n, (scored, answer) in enumerate(zip(once, (none, one, two), strict=True)):
+        expected, said, _ = merged[n]
+        np.testing.assert_allclose(logprobs(scored), logprobs(expected), atol=2e-5)
+        assert answer.token_ids == said.token_ids
+        if (mesh_dim, attention, n) == ('1,1,1', 'reference', 0):
+            assert logprobs(scored) == logprobs(expected)
+    assert [logprobs(x) for x in once] == [logprobs(x) for x in (again, adapted_1, adapted_2)]
+    assert len({str(logprobs(x)) for x in once}) == 3
+    with pytest.raises(RequestError, match='work.adapter=3 is none of the 2'):
+        together.engine.run([dataclasses.replace(pairs[0][1], adapter=3)])
+
+
+def test_a_prefix_is_not_taken_from_another_adapter_s_slot(make, adapters):
+    asker = make(adapters=adapters, batch_size=1)
+    prompt = tuple(asker.texts.prompt_work('the film is a long and fine one', max_new_tokens=1).prompt_ids)
+    first, other, same = asker.engine.run([Generate(prompt, 2, adapter=n) for n in (1, 2, 2)])
+    assert (first.cached_tokens, other.cached_tokens, same.cached_tokens) == (0, 0, len(prompt) - 1)
+
+
+def test_the_first_token_of_a_text_without_prefix_is_its_adapter_s(make, adapters, merged):
+    asker = make(adapters=adapters)
+    np.testing.assert_allclose(asker.engine.first_token(2), merged[2][2], atol=2e-5)
+    assert np.abs(asker.engine.first_token(2) - asker.engine.first_token(0)).max() > 1e-3
 
 
 def test_sampling_repeats_from_the_start_and_not_from_work_to_work(asker):

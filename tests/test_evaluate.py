@@ -10,7 +10,9 @@ import evaluate
 import prepare_data
 from data.labelled import Example
 from data.prompt import PromptTemplate
-from evaluate import Asked, change_text, main
+from evaluate import main
+from evaluation import labels
+from evaluation.labels import Asked, change_text
 from model.partition import make_mesh
 from program import flags
 from program import model as program_model
@@ -202,14 +204,14 @@ def test_weights_that_give_no_number_name_the_method(fake, reviews, tmp_path):
     def broken(prefixes, texts, progress):
         raise FloatingPointError('log-likelihood nan is not finite')
     with pytest.raises(ValueError, match="method='loglikelihood': log-likelihood nan is not finite .--load_checkpoint"):
-        evaluate.evaluate(Asked(broken, None, None), [Example('a', 0)], [], PromptTemplate(), ('loglikelihood',), 1, 1)
+        labels.evaluate(Asked(broken, None, None), [Example('a', 0)], [], PromptTemplate(), ('loglikelihood',), 1, 1)
 
 
 def engine_flags(golden, reviews, output):
     return parse(f'--load_checkpoint=params::{golden}/easylm/streaming_params_trained',
                  f'--load_llama_config=json::{golden}/easylm/model.json',
                  f'--tokenizer.vocab_file={golden}/easylm/tokenizer.model', f'--input={reviews}',
-                 f'--output_dir={output}', '--samples=1', '--sample_tokens=4', '--batch_size=4')
+                 f'--output_dir={output}', '--samples=1', '--sample_tokens=4', '--max_new_tokens=8', '--batch_size=4')
 
 
 def test_a_true_engine_agrees_with_easylms_server(golden, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import train
 from checkpoint import native
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
+from mistake import Mistake
 from model.config import Compute, LlamaConfig
 from model.partition import make_mesh
 from model.weights import init_params
@@ -54,7 +55,14 @@ def of_labels(row: dict) -> list[float]:
     return [row[f'label_{name}'] for name in ('accuracy', 'f1', 'loss')]
 
 
-def test_what_is_measured_on_the_way_is_evaluate_py_s_of_the_saved_checkpoint(golden, reviews, tmp_path):
+@pytest.fixture
+def cache_keys():
+    """Put back what a profile changes for the whole process: names in the keys of cached programs."""
+    yield
+    jax.config.update('jax_compilation_cache_include_metadata_in_key', False)
+
+
+def test_what_is_measured_on_the_way_is_evaluate_py_s_of_the_saved_checkpoint(golden, reviews, tmp_path, cache_keys):
     """On mesh 1,4,2, after a learning rate that moves the labels: accuracy, macro F1 and loss within 1e-6.  The same
     run leaves a profile, whose names are the code's."""
     run(*training(golden, tmp_path / 'run', reviews, '--total_steps=3', '--evaluate_every=2', '--profile_steps=1:3',
@@ -74,6 +82,34 @@ def test_what_is_measured_on_the_way_is_evaluate_py_s_of_the_saved_checkpoint(go
         assert name.encode() in content, name
 
 
+def test_texts_measured_on_the_way_are_evaluate_py_s_of_the_saved_checkpoint(golden, reviews, tmp_path):
+    """Beside adapters; the best by token F1 is kept, and nothing but what texts are measured by can be."""
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()[:6]]
+    records = tmp_path / 'records.jsonl'
+    records.write_text(''.join(json.dumps(dict(prompt=f'[Text]: {row["text"]}\n[Sentiment]:',
+                                               completion=f' {row["label"]}')) + '\n' for row in rows))
+    command = training(golden, tmp_path / 'run', records, '--total_steps=2', '--evaluate_every=1',
+                       '--evaluate.task=text', '--evaluate.max_new_tokens=9', '--lora.rank=4',
+                       OPTIMIZER + 'multiply_by_parameter_scale=False', OPTIMIZER + 'lr_warmup_steps=0')
+    run(*command, '--keep_best=token_f1')
+    *_, row = metrics(tmp_path / 'run')
+    base, = (word for word in command if word.startswith('--load_checkpoint='))
+    evaluate.main(parse.parse([
+        'evaluate.py', base, *(word for word in command if word.startswith(('--load_llama', '--tokenizer.vocab'))),
+        f'--adapter={tmp_path}/run/step_00000002', f'--input={records}', '--task=text', '--max_new_tokens=9',
+        '--mesh_dim=1,4,2', f'--output_dir={tmp_path}/out', '--rouge=False', '--batch_size=8'], flags.EVALUATE, ''))
+    report = json.loads((tmp_path / 'out/evaluation.json').read_text())['results']['text']['measures']
+    assert {'exact_match', 'token_f1'} <= set(report)
+    for name in ('exact_match', 'token_f1'):
+        assert row[f'text_{name}'] == pytest.approx(report[name]['value'], abs=1e-12)
+    assert native.Step(tmp_path / 'run').meta['best']['metric'] == 'token_f1'
+    with pytest.raises(Mistake, match="keep_best='accuracy' is not measured with evaluate.task=text: choose "
+                                      'exact_match, token_f1, field_f1'):
+        run(*command, '--keep_best=accuracy')
+    with pytest.raises(Mistake, match="evaluate.max_new_tokens=8, but the completion ' Positive' has 9 tokens"):
+        run(*command, '--evaluate.max_new_tokens=8', f'--logger.output_dir={tmp_path}/other')
+
+
 # ---------------------------------------------------------------- the engine
 
 
@@ -85,7 +121,7 @@ def small_model(golden, mesh=None) -> Model:
 
 def evaluation(reviews, **changes) -> settings.Evaluation:
     values = dict(every=Fraction(1), in_epochs=False, input=str(reviews), split='', text_field='', label_field='',
-                  sample_size=0, batch_size=4, keep_best='', patience=0)
+                  sample_size=0, batch_size=4, task='label', max_new_tokens=8, keep_best='', patience=0)
     return settings.Evaluation(**values | changes)
 
 
@@ -154,7 +190,7 @@ def scripted(monkeypatch):
     """Evaluations that find {step: accuracy}, and a step that computes nothing: returns that dictionary."""
     found = {}
 
-    def open_labels(run, model, template, dataset, epoch):
+    def open_labels(run, model, template, dataset, epoch, lora):
         def measure(state, done):
             return dict(label_accuracy=found[done], label_f1=found[done], label_loss=1 - found[done])
         return run.evaluation.every_steps(epoch), measure
@@ -162,7 +198,7 @@ def scripted(monkeypatch):
     class Step:
         compile_seconds = 0.0
 
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, frozen):
             pass
 
         def __call__(self, state, batch):

@@ -7,10 +7,11 @@ import pytest
 from fakes import FakeThread
 from fastapi.testclient import TestClient
 
+from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
 from model.config import config_from_dict
 from serving import asking as asking_file
-from serving.api import Options, make_app
+from serving.api import Options, Variant, make_app
 from serving.chat import plain_turns
 from serving.texts import Texts
 from serving.work import Generate, Score
@@ -289,3 +290,32 @@ def test_the_openai_package_works_unchanged(client, texts):
     assert ''.join(piece.choices[0].delta.content or '' for piece in stream) == ANSWER
     with pytest.raises(openai.BadRequestError, match='tools'):
         ours.chat.completions.create(model='tuned', messages=HELLO['messages'], tools=[])
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_asked_by_its_name(texts, thread):
+    """Its works have its number; its template, temperature and chat template are used; the rest is the model's."""
+    tickets = PromptTemplate('Ticket: ', '\nTeam:', ' ', ('billing', 'network', 'other'))
+    adapters = {'tickets': Variant(1, tickets, 2.0, plain_turns(OPTIONS)), 'bare': Variant(2, None)}
+    client = TestClient(make_app(thread, texts, OPTIONS, {}, None, adapters), base_url='http://localhost')
+    assert [model['id'] for model in client.get('/v1/models').json()['data']] == ['tuned', 'tickets', 'bare']
+    assert client.get('/info').json()['models'] == ['tuned', 'tickets', 'bare']
+    message = dict(messages=[dict(role='user', content='the film')])
+    for model, number, chats in (('tuned', 0, 400), ('tickets', 1, 200), ('bare', 2, 400)):
+        thread.works.clear()
+        answer = client.post('/v1/completions', json=dict(prompt='the', model=model, n=2, echo=True, logprobs=1)).json()
+        assert answer['model'] == model and {work.adapter for work in thread.works} == {number}
+        assert len(thread.works) == 3  # two answers and the prompt's score
+        assert client.post('/v1/chat/completions', json=message | dict(model=model)).status_code == chats
+        assert {work.adapter for work in thread.works} == {number}
+    thread.works.clear()
+    found = client.post('/classify', json=dict(texts=['no signal'], model='tickets')).json()
+    assert found['labels'] == ['billing', 'network', 'other'] and found['calibration_temperature'] == 2.0
+    assert thread.works[0].adapter == 1 and len(thread.works[0].texts) == 3
+    assert client.post('/classify', json=dict(texts=['no signal'], model='bare')).status_code == 400
+    for path, body in (('/v1/completions', dict(prompt='a')), ('/classify', dict(texts=['a'])),
+                       ('/v1/chat/completions', message)):
+        answer = client.post(path, json=body | dict(model='other'))
+        assert answer.status_code == 404 and "'tuned', 'tickets', 'bare' are served" in answer.text

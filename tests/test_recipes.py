@@ -71,12 +71,13 @@ def test_eval_dataset_takes_from_train_dataset_what_it_does_not_say():
 
 
 def test_a_data_set_s_mistake_names_the_data_set(golden):
-    """Fields that eval_dataset lacks, and the path that it does not take over."""
-    lacking = settings.read_dataset(options('--train_dataset.type=json', '--eval_dataset.json_dataset.path=x'),
-                                    'eval_dataset')
+    """Fields that eval_dataset says twice, and the path that it does not take over."""
+    given = options('--train_dataset.type=json', '--eval_dataset.json_dataset.path=x',
+                    '--eval_dataset.text_processor.fields=a', '--eval_dataset.text_processor.fields_from_example=b')
+    doubled = settings.read_dataset(given, 'eval_dataset')
     mesh = type('Mesh', (), dict(shape=dict(dp=1, fsdp=1, mp=1)))
-    with pytest.raises(ValueError, match="^eval_dataset: fields=''"):
-        open_batches(lacking, None, mesh, 0)
+    with pytest.raises(ValueError, match="^eval_dataset: fields='a'"):
+        open_batches(doubled, None, mesh, 0)
     pathless = settings.read_dataset(options('--train_dataset.type=json'), 'eval_dataset')
     with pytest.raises(ValueError, match='^eval_dataset.json_dataset.path is empty'):
         open_batches(pathless, None, mesh, 0)
@@ -85,7 +86,7 @@ def test_a_data_set_s_mistake_names_the_data_set(golden):
 def test_records_without_their_labels_are_warned_of(tmp_path, capsys):
     """A NAME.jsonl that was moved without labels_NAME.json would make a checkpoint that knows no labels."""
     path = records(tmp_path / 'moved.jsonl', 1)
-    dataset = settings.read_dataset(options('--train_dataset.type=json', f'--train_dataset.json_dataset.path={path}'),
-                                    'train_dataset')
+    dataset = settings.read_dataset(options('--train_dataset.type=json', f'--train_dataset.json_dataset.path={path}',
+                                            '--train_dataset.text_processor.fields=text'), 'train_dataset')
     assert read_template(dataset) is None
     assert f'WARNING: {tmp_path}/labels_moved.json is not there' in capsys.readouterr().out

@@ -78,7 +78,7 @@ class Texts(LengthTexts):
     def generate(self, prompts, sampling, num_beams=1):
         return Question([Generate(tuple(prompt.encode()), 3, sampling, stop=(prompt,)) for prompt in prompts], list)
 
-def load_engine(config, model):
+def load_engine(config, model, variants=None):
     programs = FakePrograms(slots=4)
     programs.before = before
     return Recording(programs, None, load_tokenizer(os.environ['TOKENIZER'])), Texts()

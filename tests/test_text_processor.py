@@ -49,7 +49,8 @@ def test_fields_from_example_names_the_key_with_the_fields():
 
 
 @pytest.mark.parametrize('settings, message', [
-    ({}, 'exactly one'), ({'fields': 'a', 'fields_from_example': 'b'}, 'exactly one'),
+    ({'fields': 'a', 'fields_from_example': 'b'}, 'set one of'), ({'chat_template': '{% for %}'}, 'cannot be read'),
+    ({'chat_template': 'llama-3'}, 'needs the control tokens'),
     ({'fields': 'a', 'base64_token_dtype': 'nonsense'}, 'base64_token_dtype'),
     ({'fields': 'a', 'base64_token_dtype': 'f4'}, 'integer dtype'),
 ])

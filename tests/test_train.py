@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import checkpoint
 import train
 from checkpoint import native
+from data.batches import Batch
 from model.config import MODELS, LlamaConfig, named_config
 from model.partition import make_mesh
 from program import flags, parse, settings
 from program.model import find_config
+from training.flops import step_flops
 from training.optimizer import AdamW, Palm
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -102,6 +105,17 @@ def test_a_row_has_what_the_log_promises(golden, tmp_path, capsys):
     for words in ('platform cpu', 'mesh dp=1,fsdp=8,mp=1', 'attention reference', '176,448 parameters', 'GB a device',
                   'step_00000001', 'metrics.jsonl', 'serve.py --load_checkpoint='):
         assert words in log or words in capsys.readouterr().err, words
+
+
+def test_mfu_is_of_the_chips_that_are_known():
+    """Eight v5e chips do 8 * 197e12 FLOPs a second at most; a CPU's peak is nobody's to say."""
+    model = lambda kind: SimpleNamespace(config=MODELS['debug'], mesh=SimpleNamespace(
+        size=8, devices=np.array([SimpleNamespace(device_kind=kind)])))
+    tokens = np.zeros((8, 16), np.int32)
+    batch = Batch(tokens, None, None, tokens, np.ones((8, 16), np.float32), np.ones(8, np.float32))
+    expected = step_flops(MODELS['debug'], batch) / (8 * 197e12)
+    assert train.peak_seconds(model('TPU v5 lite'))(batch) == pytest.approx(expected)
+    assert train.peak_seconds(model('cpu')) is None
 
 
 def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path):

@@ -1,8 +1,10 @@
-"""transformers itself on what we write (`make test-oracle`: needs the extra `oracle`, torch and transformers)."""
+"""transformers and PEFT on what we write (`make test-oracle`: needs the extra `oracle`, torch with the two)."""
 import json
 
 import numpy as np
 import pytest
+from helpers import logits, one_device
+from test_adapter import write_adapter
 
 import checkpoint
 import convert
@@ -36,8 +38,8 @@ def test_transformers_gives_the_golden_logits(golden, tmp_path, case, shard_size
     expected = np.load(golden / f'huggingface/{case}/golden.npz')
     run(f'hf::{golden}/huggingface/{case}', 'native', tmp_path / 'native')
     directory = run(str(tmp_path / 'native'), 'hf', tmp_path / 'hf', f'--max_shard_size={shard_size}')
-    model, logits = forward(directory, expected['tokens'])
-    assert np.abs(logits - expected['logits']).max() <= 1e-6 * np.abs(expected['logits']).max()
+    model, found = forward(directory, expected['tokens'])
+    assert np.abs(found - expected['logits']).max() <= 1e-6 * np.abs(expected['logits']).max()
     assert model.generation_config.eos_token_id == checkpoint.open(f'hf::{directory}').config.eos_token_id
     assert json.loads((directory / 'config.json').read_text())['head_dim'] == model.config.head_dim
 
@@ -47,8 +49,8 @@ def test_a_model_of_easylm_gives_easylms_logits_in_transformers(golden, tmp_path
     directory = run(f'params::{golden}/easylm/streaming_params_fp32', 'hf', tmp_path / 'hf',
                     f'--load_llama_config=json::{golden}/easylm/model.json')
     expected = np.load(golden / 'easylm/model.npz')
-    _, logits = forward(directory, expected['tokens'][:, :-1])
-    assert np.abs(logits - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
+    _, found = forward(directory, expected['tokens'][:, :-1])
+    assert np.abs(found - expected['logits']).max() <= 2e-5 * np.abs(expected['logits']).max()
 
 
 @pytest.mark.parametrize('case', ['mha_untied', 'head_dim_100'])
@@ -58,8 +60,8 @@ def test_through_easylms_format_too(golden, tmp_path, case):
     easylm = run(f'hf::{golden}/huggingface/{case}', 'easylm', tmp_path / 'easylm')
     directory = run(f'params::{easylm}/streaming_params', 'hf', tmp_path / 'hf',
                     f'--load_llama_config=json::{easylm}/llama_config.json')
-    _, logits = forward(directory, expected['tokens'])
-    assert np.abs(logits - expected['logits']).max() <= 1e-6 * np.abs(expected['logits']).max()
+    _, found = forward(directory, expected['tokens'])
+    assert np.abs(found - expected['logits']).max() <= 1e-6 * np.abs(expected['logits']).max()
 
 
 def test_transformers_tokenizes_as_we_do(golden, tmp_path):
@@ -76,3 +78,30 @@ def test_transformers_tokenizes_as_we_do(golden, tmp_path):
     assert len(texts) >= 200
     for text in texts:
         assert theirs(text, add_special_tokens=False)['input_ids'] == ours.encode(text), text
+
+
+def test_peft_gives_our_logits_with_our_adapter(golden, tmp_path):
+    """An adapter of ours, all matrices and rsLoRA, written as PEFT's: the logits of both within 1e-5 of the largest;
+    and what PEFT saves of it then is read back with the same bits.
+    """
+    import peft
+    import torch
+    import transformers
+    spec = f'hf::{golden}/huggingface/gqa_tied'
+    path, _ = write_adapter(tmp_path / 'run', spec, config := checkpoint.open(spec).config)
+    directory = run(spec, 'peft', tmp_path / 'peft', f'--adapter={path}')
+    base = transformers.AutoModelForCausalLM.from_pretrained(spec.removeprefix('hf::'), dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, str(directory)).eval()
+    tokens = np.load(golden / 'huggingface/gqa_tied/golden.npz')['tokens'].astype(np.int32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    source = checkpoint.open(spec, path)
+    ours = np.asarray(logits(source.load_params(config, one_device()), config, tokens))
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    with model.disable_adapter(), torch.no_grad():
+        assert np.abs(model(torch.tensor(tokens.astype(np.int64))).logits.numpy() - theirs).max() > 0.05 * theirs.max()
+    model.save_pretrained(tmp_path / 'again')
+    back = checkpoint.open(spec, str(tmp_path / 'again')).adapter
+    assert (back.lora.scale, back.lora.targets) == (source.adapter.lora.scale, source.adapter.lora.targets)
+    for name, array in source.adapter.arrays(config).items():
+        np.testing.assert_array_equal(back.arrays(config)[name], array)

@@ -4,7 +4,9 @@ What is known travels in the manifest of every checkpoint (`mark`), so a resumed
 """
 import dataclasses
 
-METRICS = ('accuracy', 'f1', 'loss')
+METRICS = {  # name -> that of a row of metrics
+    'accuracy': 'label_accuracy', 'f1': 'label_f1', 'loss': 'label_loss',  # of labels
+    'exact_match': 'text_exact_match', 'token_f1': 'text_token_f1', 'field_f1': 'text_field_f1'}  # of free texts
 
 
 @dataclasses.dataclass
@@ -24,7 +26,7 @@ class Best:
     @property
     def name(self) -> str:
         """Return the metric's name in a row of metrics."""
-        return f'label_{self.metric}'
+        return METRICS[self.metric]
 
     @property
     def exhausted(self) -> bool:

@@ -124,7 +124,8 @@ def shown(row: dict) -> dict[str, str]:
     """Choose and write what the bar shows of a row."""
     names = dict(loss='loss', accuracy='accuracy', learning_rate='lr', tokens_per_second='tok_s', mfu='mfu',
                  eval_loss='eval_loss', eval_accuracy='eval_accuracy', label_accuracy='label_accuracy',
-                 label_f1='label_f1', label_loss='label_loss')
+                 label_f1='label_f1', label_loss='label_loss', text_exact_match='exact_match',
+                 text_token_f1='token_f1', text_field_f1='field_f1')
     spelling = dict(accuracy='.3f', learning_rate='.2g', tokens_per_second='.0f', mfu='.1%', label_accuracy='.1%')
     return {short: f'{row[name]:{spelling.get(name, ".4f")}}' for name, short in names.items() if name in row}
 

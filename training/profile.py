@@ -40,4 +40,4 @@ class Trace:
             jax.profiler.stop_trace()
             self._running, self._steps = False, range(0)
             self._say(f'wrote a profile to {self._directory}: tensorboard --logdir={self._directory} shows it '
-                      '(pip install tensorboard-plugin-profile)')
+                      '(pip install tensorboard xprof)')

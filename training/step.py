@@ -7,6 +7,8 @@ out in its transpose.  It reduce-scatters the gradient over the axis that it gat
 along which the weight is replicated and the data differ (dp; for a norm fsdp and mp too).  shard_map's varying-axis
 tracking (check_vma, on by default) refuses the program if one of these sums were missing.
 """
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,12 +26,17 @@ from training.state import TrainState, state_partitions, trained_specs
 
 def batch_loss(params: Llama, batch: Batch, config: LlamaConfig, compute: Compute):
     """Compute (loss, accuracy) of the batch, inside shard_map; logits only at the batch's loss positions."""
-    h_BTM, _ = llama.hidden_states(params, batch.tokens_BT, batch.segments_BT, config, compute)
+    h_BTM, _ = llama.hidden_states(params, batch.tokens_BT, batch.segments_BT, config, compute,
+                                   positions_BT=batch.positions_BT)
     h_BPM = h_BTM
     if batch.loss_positions_BP is not None:
         h_BPM = jnp.take_along_axis(h_BTM, batch.loss_positions_BP[..., None], axis=1)
     with jax.named_scope('loss'):
         nll_BP, correct_BP = loss.token_cross_entropy(params, h_BPM, batch.targets_BP, compute)
+        if batch.loss_weight_BP is not None:
+            nll_BP *= batch.loss_weight_BP
+        if batch.loss_share_BP is not None:
+            return loss.shared_loss(nll_BP, correct_BP, batch.loss_share_BP)
         return loss.row_mean_loss(nll_BP, correct_BP, batch.loss_mask_BP, batch.row_weight_B)
 
 
@@ -90,7 +97,12 @@ def accumulated_update(state: TrainState, grads, accumulate: int, hyper: optimiz
 
 
 def make_eval_step(config: LlamaConfig, compute: Compute, mesh: Mesh, lora: Lora | None = None):
-    """Make the jitted `(params, Batch) -> dict(eval_loss, eval_accuracy)`; with lora params are `adapted`."""
+    """Make the jitted `(params, Batch) -> dict(eval_loss, eval_accuracy)`; with lora params are `adapted`.
+
+    Targets are not smoothed.
+    """
+    compute = dataclasses.replace(compute, label_smoothing=0.0)
+
     def step(params, batch):
         mean_loss, accuracy = batch_loss(params, batch, config, compute)
         return dict(eval_loss=mean_loss, eval_accuracy=accuracy)

@@ -52,7 +52,7 @@ class Reader:
         if not self.path.is_dir():
             raise Mistake(f'{path!r} is not a directory: hf:: takes one with config.json and *.safetensors')
         self.config, self.notes = read_config(self.path / 'config.json')
-        self._tensors = {}  # their name -> (file, dtype as the format names it, shape, offset of the data)
+        self._tensors = {}  # as tensors_in
         for file in _weight_files(self.path):
             self._open(file)
         self.names = {name for name in self._tensors if not name.endswith('rotary_emb.inv_freq')}
@@ -60,20 +60,10 @@ class Reader:
             self.names.discard('lm_head.weight')  # a copy of the embedding, which transformers ignores too
 
     def _open(self, file: str) -> None:
-        path = self.path / file
-        refuse_placeholder(path)
-        try:
-            safe_open(path, framework='np')
-        except SafetensorError as error:
-            raise Mistake(f'{path} is not a whole safetensors file ({error}): download it again') from None
-        with open(path, 'rb') as opened:
-            length = int.from_bytes(opened.read(8), 'little')
-            header = json.loads(opened.read(length))
-        header.pop('__metadata__', None)
-        for name, entry in header.items():
+        for name, found in tensors_in(self.path / file).items():
             if name in self._tensors:
-                raise Mistake(f'{path}: tensor {name!r} lies in {self._tensors[name][0].name!r} too')
-            self._tensors[name] = path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0]
+                raise Mistake(f'{self.path / file}: tensor {name!r} lies in {self._tensors[name][0].name!r} too')
+            self._tensors[name] = found
 
     def source(self, name: str, layer: int | None) -> str:
         """The file's own name of our tensor, for messages and for `names`."""
@@ -102,6 +92,21 @@ class Reader:
         bounds = transposed(bounds) if is_transposed else bounds
         array = read_part(file, DTYPES[dtype], shape, offset, bounds).astype(np.float32, copy=False)
         return array.T if is_transposed else array
+
+
+def tensors_in(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    """{name: (file, dtype as the format names it, shape, offset of the data)} of a safetensors file."""
+    refuse_placeholder(path)
+    try:
+        safe_open(path, framework='np')
+    except SafetensorError as error:
+        raise Mistake(f'{path} is not a whole safetensors file ({error}): download it again') from None
+    with open(path, 'rb') as opened:
+        length = int.from_bytes(opened.read(8), 'little')
+        header = json.loads(opened.read(length))
+    header.pop('__metadata__', None)
+    return {name: (path, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0])
+            for name, entry in header.items()}
 
 
 def refuse_placeholder(path: Path) -> None:

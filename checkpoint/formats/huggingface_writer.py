@@ -4,6 +4,7 @@ A safetensors file is 8 bytes with the length of its header, the header (JSON: n
 and the data.  All of the header follows from the configuration, so it goes first and then one tensor after the other:
 memory holds one.  config.json is written in transformers 4's spelling (rope_theta, rope_scaling), which 5 reads too.
 """
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -37,14 +38,14 @@ def write(path: Path, tensor: Callable[[str, int | None], np.ndarray], config: L
             _write_shard(temporary / file, entries, tensor, float_dtype)
         if len(shards) > 1:
             total = sum(_size(entry) for entries in shards for entry in entries)
-            _write_json(temporary / 'model.safetensors.index.json', dict(
+            write_json(temporary / 'model.safetensors.index.json', dict(
                 metadata=dict(total_parameters=total, total_size=total * np.dtype(FLOATS[float_dtype]).itemsize),
                 weight_map={entry[0]: file for file, entries in zip(names, shards, strict=True) for entry in entries}))
         bos, eos = (tokenizer or config).bos_token_id, (tokenizer or config).eos_token_id
         if tokenizer:
             write_tokenizer(temporary, tokenizer, config.max_sequence_length, add_bos_token)
-        _write_json(temporary / 'config.json', _config(config, float_dtype) | dict(bos_token_id=bos, eos_token_id=eos))
-        _write_json(temporary / 'generation_config.json', dict(bos_token_id=bos, eos_token_id=eos))
+        write_json(temporary / 'config.json', _config(config, float_dtype) | dict(bos_token_id=bos, eos_token_id=eos))
+        write_json(temporary / 'generation_config.json', dict(bos_token_id=bos, eos_token_id=eos))
 
 
 def _config(config: LlamaConfig, float_dtype: str) -> dict:
@@ -77,7 +78,7 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer, max_length: int, add_bos_t
         values |= dict(unk_token=piece(tokenizer.pad_token_id), legacy=True, add_eos_token=False)
     if add_bos_token is not None:
         values |= dict(add_bos_token=add_bos_token)
-    _write_json(path / 'tokenizer_config.json', values)
+    write_json(path / 'tokenizer_config.json', values)
 
 
 # ---------------------------------------------------------------- safetensors
@@ -110,21 +111,32 @@ def _shards(entries: list[Entry], item_bytes: int, max_shard_bytes: int) -> list
 
 
 def _write_shard(path: Path, entries: list[Entry], tensor, float_dtype: str) -> None:
+    def get(name: str, layer: int | None) -> np.ndarray:
+        array = tensor(name, layer)
+        return array.T if NAMES[name][1] else array
+
+    write_safetensors(path, [(source, shape, functools.partial(get, name, layer))
+                             for source, name, layer, shape in entries], float_dtype)
+
+
+def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
+                      float_dtype: str) -> None:
+    """Write a file of (name, shape, function that gives the array), asking for one array after the other."""
     header, end, dtype = {'__metadata__': {'format': 'pt'}}, 0, np.dtype(FLOATS[float_dtype])
     stored = next(name for name in DTYPES if DTYPES[name] == dtype)
-    for entry in entries:
-        start, end = end, end + _size(entry) * dtype.itemsize
-        header[entry[0]] = dict(dtype=stored, shape=entry[3], data_offsets=[start, end])
+    for name, shape, _ in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = dict(dtype=stored, shape=shape, data_offsets=[start, end])
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)  # the format's alignment of the data
     with open(path, 'wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
-        for source, name, layer, shape in entries:
-            array = rounded(tensor(name, layer), float_dtype, source)
-            array = np.ascontiguousarray(array.T if NAMES[name][1] else array)
-            assert array.shape == shape, (source, array.shape, shape)
+        for name, shape, get in tensors:
+            array = np.ascontiguousarray(rounded(get(), float_dtype, name))
+            assert array.shape == shape, (name, array.shape, shape)
             file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
+    """Write an object as Hugging Face's libraries do."""
     path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')

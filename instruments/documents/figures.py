@@ -7,9 +7,9 @@ A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is one 
 JSON files, by the tool that makes them where it writes JSON: kernels.json holds rows of instruments.bench.attention
 (rows.jsonl), plans.json and lora_plans.json rows of plan.py (--output), cpu_training.json those of
 instruments.bench.cpu_training (--output), results.json and tickets.json what evaluate.py counts (`total` and `correct`
-of evaluation.json).  Each says the command, the machine, the versions, the date and the commit; `notes` are findings in
-words.  easylm.json names the tests of the article's flags and requests; default and help of a flag are those of
-program/flags.py.
+of evaluation.json), extraction.json what it measures with --task=text (`measures` and `fields`).  Each says the
+command, the machine, the versions, the date and the commit; `notes` are findings in words.  easylm.json names the tests
+of the article's flags and requests; default and help of a flag are those of program/flags.py.
 
 tests/test_documents.py compares documents and rows.
 """
@@ -64,6 +64,19 @@ def results(figures: dict) -> str:
         rows.append([row['model'], row['training'], f'{percent(row["correct"] / row["total"])} of {row["total"]:,}',
                      f'{100 * low:.2f} to {percent(high)}', minutes, f'{row["commit"]}, {row["date"]}'])
     return table(['model', 'training', 'accuracy', '95 % interval', 'training time', 'commit, date'], rows)
+
+
+def extraction(figures: dict) -> str:
+    """Measures of texts that are JSON, with their intervals, and how often each field is right."""
+    names = list(figures['rows'][0]['fields'])
+    cells = lambda held: f'{percent(held["value"])} ({" to ".join(f"{100 * end:.2f}" for end in held["interval_95"])})'
+    rows = []
+    for row in figures['rows']:
+        measures = [cells(row['measures'][name]) for name in ('json_valid', 'field_f1', 'all_fields', 'token_f1')]
+        fields = [f'{field["right"]} of {field["records"]}' for field in (row['fields'][name] for name in names)]
+        rows.append([row['model'], row['training'], *measures, *fields, f'{row["commit"]}, {row["date"]}'])
+    return table(['model', 'training', 'a JSON object', 'field F1', 'all fields', 'token F1',
+                  *(f'`{name}`' for name in names), 'commit, date'], rows)
 
 
 def percent(share: float) -> str:
@@ -229,6 +242,7 @@ BLOCKS = {
     'results': lambda: results(read('results')) + origin(read('results')),
     'results_notes': lambda: notes(read('results')),
     'tickets': lambda: results(read('tickets')) + origin(read('tickets')) + notes(read('tickets')),
+    'extraction': lambda: extraction(read('extraction')) + origin(read('extraction')) + notes(read('extraction')),
     'summary': summary,
     'cpu_training': lambda: cpu_training(read('cpu_training')) + origin(read('cpu_training')) + notes(
         read('cpu_training')),

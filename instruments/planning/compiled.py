@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import jax
+from jax.sharding import NamedSharding
 
 from data.batches import Batch
 from instruments.planning import one_mesh, search, table
@@ -14,8 +15,8 @@ from instruments.planning.out_of_memory import out_of_memory, usable_hbm
 from instruments.planning.units import gib
 from instruments.tpu import chips
 from mistake import Mistake
+from model.partition import BATCH
 from model.weights import Llama
-from training.state import abstract_batch
 
 
 class CompiledStep:
@@ -104,9 +105,8 @@ def remedy(setting: Setting, error: Exception, batch: Batch, batch_size_flag: st
 
 def resized(batch: Batch, rows: int, setting: Setting) -> Batch:
     """Make the shapes of `batch` with another number of rows, on the mesh of `setting`."""
-    positions = None if batch.loss_positions_BP is None else batch.loss_positions_BP.shape[1]
-    return abstract_batch(setting.mesh, rows, batch.tokens_BT.shape[1], positions,
-                               segments=batch.segments_BT is not None)
+    sharding = NamedSharding(setting.mesh, BATCH)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), batch)
 
 
 def flags_of(other: Setting, rows: int, setting: Setting, batch: Batch, batch_size_flag: str) -> str:
