@@ -65,7 +65,8 @@ def main(config) -> None:
                       '--batch_size with --optimizer.accumulate_gradient_steps, adapters beside a frozen base '
                       '(--lora.rank=16 --lora.base_dtype=int8), or a larger slice')
     mesh = make_mesh(best.mesh_dim, devices)
-    print(f'a host ({len(host_devices(mesh))} chips) needs {gib(host_needs(sizes, mesh))} GiB for loading and saving, '
+    needs = host_needs(sizes, mesh, settings.read_lora(config, compute))
+    print(f'a host ({len(host_devices(mesh))} chips) needs {gib(needs)} GiB for loading and saving, '
           f'besides the process itself\nchosen: {best.mesh_dim}\n  {command(config, best)}', flush=True)
     file.finish(best, command(config, best))
 

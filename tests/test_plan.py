@@ -159,6 +159,9 @@ def test_a_host_holds_what_loading_needs_or_two_copies_of_its_part_of_an_array()
     slices that loading holds.
     """
     assert host.host_needs(MODELS['3b'], setting().mesh) == 2 * 4 * 26 * 3200 * 8640
+    adapters = dataclasses.replace(ADAPTERS, base_dtype='int8')  # a slice of the int8 base is more than A and B
+    assert host.host_needs(MODELS['3b'], setting().mesh, adapters) == checkpoint.source.host_bytes(
+        MODELS['3b'], setting().mesh, 'int8') < 2 * 4 * 26 * 3200 * 8640
     one_layer, mesh = dataclasses.replace(MODELS['3b'], num_hidden_layers=1), setting('8,1,1').mesh
     assert host.host_needs(one_layer, mesh) == checkpoint.source.host_bytes(one_layer, mesh) == 4 * 4 * 32000 * 3200
 
