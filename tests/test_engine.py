@@ -459,8 +459,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_chosen(make, tokenizer, mesh
                                    for prompt, text in zip(PROMPTS, texts, strict=True)])
         assert [all(result.greedy[0]) for result in scored] == [expected] * len(PROMPTS)
     token, = few.encode('a')
-    asker.engine._first_V = np.where(np.arange(640) < 600, -9.0, -1.0)
-    asker.engine._first_V[token] = -2.0
+    asker.engine._first_V = {0: np.where(np.arange(640) < 600, -9.0, -1.0)}
+    asker.engine._first_V[0][token] = -2.0
     assert asker.loglikelihood([''], ['a']) == [(-2.0, True)]
 
 

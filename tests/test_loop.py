@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import time
+import types
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from training.flops import step_flops
 from training.metrics import MetricsWriter
 
 TOKENS = 2 * 8
+
+
+STATE = types.SimpleNamespace(params=None)
 
 
 class FakeStep:
@@ -43,7 +47,7 @@ def test_tokens_per_second_counts_steps_alone(tmp_path):
     """Compiling, evaluating and saving half a second each would make it 30 tokens/s or less; 5 steps take 0.1 s."""
     rest = lambda *arguments: time.sleep(0.5) or {}
     writer = MetricsWriter(tmp_path)
-    loop.train(None, batches(), FakeStep(), one_device(), loop.Schedule(0, 10, 5, (2,)), writer,
+    loop.train(STATE, batches(), FakeStep(), one_device(), loop.Schedule(0, 10, 5, (2,)), writer,
                data_position=dict, save=rest, evaluate=rest)
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
@@ -72,7 +76,7 @@ def train(tmp_path, total: int, every: Fraction, values: list[float], best: Best
         return dict(label_accuracy=left.pop(0), label_loss=1.0)
 
     writer = MetricsWriter(tmp_path)
-    _, done = loop.train(None, batches(), QuickStep(), one_device(), loop.Schedule(0, total, 100, (), every), writer,
+    _, done = loop.train(STATE, batches(), QuickStep(), one_device(), loop.Schedule(0, total, 100, (), every), writer,
                          data_position=dict, save=lambda state, done: saved.append(done), measure=measure, best=best,
                          **more)
     writer.close()
@@ -139,7 +143,7 @@ def test_segments_of_a_row_attend_apart():
 def test_mfu_is_the_time_at_the_peak_over_the_time_it_took(tmp_path):
     """20 ms a step, of which the devices' peak would need 5: 0.25, less what the loop itself takes."""
     writer = MetricsWriter(tmp_path)
-    loop.train(None, batches(), FakeStep(), one_device(), loop.Schedule(0, 6, 3, ()), writer, data_position=dict,
+    loop.train(STATE, batches(), FakeStep(), one_device(), loop.Schedule(0, 6, 3, ()), writer, data_position=dict,
                save=lambda *arguments: None, peak_seconds=lambda batch: 0.005)
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]

@@ -240,7 +240,7 @@ def test_a_state_is_its_named_arrays():
 
 def test_dropout_keeps_the_mean_and_changes_with_the_step():
     x, a, b = jnp.ones((64, 32, 100)), jnp.ones((100, 1)) / 100, jnp.ones((1, 2))
-    found = Adapted(jnp.zeros((100, 2)), a, b, jax.random.key(0), 1.0, 0.25).delta(x)
+    found = Adapted(jnp.zeros((100, 2)), a, b, jax.random.key(0), dropout=0.25).delta(x)
     assert found.std() > 0.01
     np.testing.assert_allclose(found.mean(), 1.0, atol=4 * np.sqrt(0.25 / 0.75 / (64 * 32 * 100)))
     states = [types.SimpleNamespace(optimizer=types.SimpleNamespace(count=n), micro_step=i)

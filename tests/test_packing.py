@@ -70,7 +70,7 @@ def test_a_packed_epoch_has_every_record_once_and_whole():
         found = [example for batch in batches for example in examples(batch)]
         assert Counter(example[:2] for example in found) == expected
         assert all(batch.tokens_BT.shape == (4, 128) for batch in batches) and len(source.shapes) == 1
-    assert source.fill > 0.75 and 2 * len(batches) * 4 < 60 and epoch_length(source) == len(batches)
+    assert source.fill > 0.75 and 2 * len(batches) * 4 < 60 and epoch_length(source, None) == len(batches)
     for batch in batches:
         assert batch.loss_share_BP.sum() == pytest.approx(1) and not batch.loss_share_BP[batch.loss_mask_BP == 0].any()
         shares = [share for _, _, share, _ in examples(batch)]

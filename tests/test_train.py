@@ -114,8 +114,8 @@ def test_mfu_is_of_the_chips_that_are_known():
     tokens = np.zeros((8, 16), np.int32)
     batch = Batch(tokens, None, None, tokens, np.ones((8, 16), np.float32), np.ones(8, np.float32))
     expected = step_flops(MODELS['debug'], batch) / (8 * 197e12)
-    assert train.peak_seconds(model('TPU v5 lite'))(batch) == pytest.approx(expected)
-    assert train.peak_seconds(model('cpu')) is None
+    assert train.peak_seconds(model('TPU v5 lite'), None)(batch) == pytest.approx(expected)
+    assert train.peak_seconds(model('cpu'), None) is None
 
 
 def test_loss_that_is_no_number_ends_the_run_and_saves_nothing(golden, tmp_path):
