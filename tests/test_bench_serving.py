@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from instruments.bench import serving_mixes, serving_report
-from instruments.bench.contenders.contender import openai_protocol
+from instruments.bench.contenders import ours
+from instruments.bench.contenders.contender import Settings, openai_protocol
 from instruments.bench.serving_load import Ask, Outcome, ask_one, closed_loop, open_loop, percentile, summary
 from instruments.bench.serving_machine import taken, tree
+from program import flags
+from program.parse import parse
 
 PROTOCOL = openai_protocol('m', ignore_eos=True)
 
@@ -194,3 +197,11 @@ def test_a_gguf_file_in_another_type_has_the_same_weights(tmp_path, kind, most):
     assert np.abs(read - weights).max() <= most
     assert reader.fields['tokenizer.ggml.tokens'].contents() == ['a', 'b']
     assert reader.fields['llama.block_count'].contents() == 3
+
+
+@pytest.mark.parametrize('dtype', ours.BITS)
+def test_serve_py_knows_the_flags_of_our_own_contender(dtype):
+    settings = Settings(slots=8, length=1792, input_length=1536, threads=2, reuse=False)
+    _, *given = ours.contender(dtype, 'gguf::model.gguf').command(5007, settings)
+    read = parse(given, flags.SERVE, '')
+    assert (read.lm_server.batch_size, read.lm_server.prefix_reuse, read.seq_length) == (8, False, 1792)
