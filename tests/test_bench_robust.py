@@ -61,7 +61,7 @@ def test_the_report_counts_statuses_kinds_and_faults():
     assert row['bodies'] == 4 and row['endpoints'] == 2 and row['slowest_seconds'] == 2.0
     assert row['statuses'] == {'400': 1, '500': 2, 'left': 1}
     assert row['kinds'] == {'client leaves': {'left': 1}, 'long': {'500': 2}, 'noise': {'400': 1}}
-    assert row['faults'] == {'status 500': {'count': 2, 'path': '/a', 'kind': 'long', 'headers': JSON,
+    assert row['faults'] == {'status 500': {'count': 2, 'path': '/a', 'kind': 'long', 'headers': JSON, 'bytes': 1,
                                             'body': "b'2'"}}
 
 
@@ -81,7 +81,7 @@ def test_the_soak_s_slope_is_that_of_what_follows_the_first_quarter():
     samples = [Sample(10.0 * i, 100 * i, int((500e6 if i else 100e6) + 3e5 * i)) for i in range(41)]
     assert slope(samples[10:]) == pytest.approx(3.0)
     end = dict(active=1.0, waiting=2.0, in_flight=1.0, jit_compiles_after_ready=0.0)
-    row = serving_soak.report(samples, {'200': 7, 'left': 2, '429': 1, 'cut stream': 3}, 2.5, end)
+    row = serving_soak.report(samples, {'200': 7, 'left': 2, '429': 1, 'cut stream': 3}, end)
     assert row['mb_per_1000_requests'] == 3.0 and row['errors'] == 3 and row['requests'] == 13
     assert row['rss_mb'] == [100.0, 503.0, 512.0] and row['slope_minutes'] == 5.0 and row['slope_requests'] == 3000
     assert (row['slots_leaked'], row['waiting_leaked'], row['in_flight_leaked']) == (1, 2, 0)

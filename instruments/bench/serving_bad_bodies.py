@@ -344,7 +344,8 @@ def report(cases: list[Case], answers: list[Answer]) -> dict:
         kinds[case.kind][status] += 1
         if answer.fault:
             first = faults.setdefault(answer.fault, {'count': 0, 'path': case.path, 'kind': case.kind,
-                                                     'headers': case.headers, 'body': repr(case.body[:300])})
+                                                     'headers': case.headers, 'bytes': len(case.body),
+                                                     'body': repr(case.body[:300])})
             first['count'] += 1
     statuses = sum(kinds.values(), collections.Counter())
     return {'bodies': len(cases), 'endpoints': len({case.path for case in cases}),

@@ -2,10 +2,11 @@
 
   python -m instruments.bench.serving_soak --model=CHECKPOINT --reviews=test.jsonl --output=runs/serving_soak.json
 
-Eight clients that ask without a pause show what the server can; then requests come at half that rate (Poisson): four in
-ten /generate, three /classify of one to four reviews, three /v1/completions streamed.  One client in ten leaves while
-it is answered.  Resident memory of serve.py and what it has started is read out of /proc every ten seconds; its slope
-is that of a straight line, by least squares, over the requests of all but the first quarter of the time.
+Eight clients ask and then rest as long as the answer took, so that the server has about half of what it can do however
+busy the machine is: four in ten /generate, three /classify of one to four reviews, three /v1/completions streamed.  One
+in ten leaves while it is answered.  Resident memory of serve.py and what it has started is read out of /proc every ten
+seconds; its slope is that of a straight line, by least squares, over the requests of all but the first quarter of the
+time.
 """
 import argparse
 import collections
@@ -13,6 +14,7 @@ import concurrent.futures
 import http.client
 import json
 import random
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from typing import NamedTuple
 from instruments.bench.serving_machine import taken
 from instruments.bench.serving_ratios import server_process
 
-CLIENTS, LEAVING, PATIENCE = 8, 0.1, 120.0
+CLIENTS, LEAVING, PATIENCE = 8, 0.1, 300.0
 KINDS = ('/generate',) * 4 + ('/classify',) * 3 + ('/v1/completions',) * 3
 WARM_UP = 0.25  # of the time, whose samples do not count for the slope
 
@@ -91,11 +93,11 @@ def slope(samples: list[Sample]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / squares
 
 
-def report(samples: list[Sample], outcomes: dict[str, int], rate: float, end: dict[str, float]) -> dict:
-    """Write the row.  rate: requests a second that were sent; end: gauges of /metrics when all had ended."""
+def report(samples: list[Sample], outcomes: dict[str, int], end: dict[str, float]) -> dict:
+    """Write the row.  end: gauges of /metrics when all had ended."""
     counted = [sample for sample in samples if sample.seconds >= WARM_UP * samples[-1].seconds]
     return {'minutes': round(samples[-1].seconds / 60, 1), 'requests': sum(outcomes.values()),
-            'rate': round(rate, 3), 'outcomes': dict(sorted(outcomes.items())),
+            'outcomes': dict(sorted(outcomes.items())),
             'errors': sum(count for name, count in outcomes.items() if name not in ('200', 'left', '429')),
             'rss_mb': [round(sample.rss / 1e6, 1) for sample in (samples[0], counted[0], samples[-1])],
             'slope_minutes': round((counted[-1].seconds - counted[0].seconds) / 60, 1),
@@ -106,29 +108,34 @@ def report(samples: list[Sample], outcomes: dict[str, int], rate: float, end: di
             'samples': [[round(sample.seconds), sample.requests, round(sample.rss / 1e6, 1)] for sample in samples]}
 
 
-def capacity(port: int, asks: list[Ask]) -> float:
-    """Requests a second of CLIENTS that ask without a pause."""
-    began = time.perf_counter()
+def soak(port: int, pid: int, new_ask, seconds: float, every: float = 10.0) -> tuple[list[Sample], dict[str, int]]:
+    """Ask for so long: (samples, how often each outcome was).  new_ask() -> Ask, for one thread at a time."""
+    outcomes, samples, lock = collections.Counter(), [], threading.Lock()
+    began = time.monotonic()
+
+    def client() -> None:
+        while time.monotonic() - began < seconds:
+            with lock:
+                ask = new_ask()
+            asked = time.monotonic()
+            what = outcome(port, ask)
+            with lock:
+                outcomes[what] += 1
+            time.sleep(time.monotonic() - asked)
+
+    def sample() -> None:
+        samples.append(Sample(time.monotonic() - began, outcomes.total(), taken(pid)[0]))
+        seconds, requests, rss = samples[-1]
+        print(f'{seconds:.0f} s  {requests} requests  {rss / 1e6:.1f} MB', flush=True)
+
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(lambda ask: outcome(port, ask._replace(leaves=None)), asks))
-    return len(asks) / (time.perf_counter() - began)
-
-
-def soak(port: int, pid: int, draw: random.Random, new_ask, rate: float, seconds: float, every: float = 10.0):
-    """Send at the rate: (samples, how often each outcome was)."""
-    outcomes, samples = collections.Counter(), []
-    began = due = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(128) as pool:
-        while (now := time.monotonic()) - began < seconds:
-            if now - began >= every * len(samples):
-                samples.append(Sample(now - began, outcomes.total(), taken(pid)[0]))
-                print(f'{samples[-1].seconds:.0f} s  {samples[-1].requests} requests  '
-                      f'{samples[-1].rss / 1e6:.1f} MB', flush=True)
-            if now >= due:
-                ask, due = new_ask(), due + draw.expovariate(rate)
-                pool.submit(outcome, port, ask).add_done_callback(lambda done: outcomes.update([done.result()]))
-            time.sleep(max(0.0, min(due, began + every * len(samples)) - time.monotonic()))
-    samples.append(Sample(time.monotonic() - began, outcomes.total(), taken(pid)[0]))
+        clients = [pool.submit(client) for _ in range(CLIENTS)]
+        while (now := time.monotonic() - began) < seconds:
+            sample()
+            time.sleep(min(every - now % every, seconds - now))
+    for each in clients:
+        each.result()
+    sample()
     return samples, outcomes
 
 
@@ -146,12 +153,9 @@ def main() -> None:
     new_ask = lambda: ask_of(draw, texts, ['Negative', 'Positive'])
     flags = '--input_length=128', '--seq_length=152', *arguments.flag
     with server_process(arguments.model, *flags) as (port, process):
-        capacity(port, [new_ask() for _ in range(16)])
-        most = capacity(port, [new_ask() for _ in range(96)])
-        print(f'{most:.2f} requests a second without a pause', flush=True)
-        samples, outcomes = soak(port, process.pid, draw, new_ask, most / 2, 60 * arguments.minutes)
+        samples, outcomes = soak(port, process.pid, new_ask, 60 * arguments.minutes)
         time.sleep(5)  # for the server to see the last clients leave
-        found = {'capacity': round(most, 3), **report(samples, outcomes, most / 2, gauges(port))}
+        found = report(samples, outcomes, gauges(port))
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(found) + '\n')
