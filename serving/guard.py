@@ -12,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
 MAX_DEPTH = 32  # of lists and objects in a body
 MAX_HEADER_BYTES = 16_384
+MAX_OVER = 8  # times max_body_bytes: so much of a body that is too large is read before it is refused
 HEADER_SECONDS = 20.0  # in which the headers of a request must come
 OPEN = ('/health', '/ready', '/')  # with /page/...: all that answers without the key
 
@@ -77,17 +78,23 @@ class RequestGuard:
         return None
 
     async def _body(self, receive) -> bytes | None:
-        """Read the whole body; None as soon as it is larger than allowed."""
+        """Read the whole body; None if it is larger than allowed.
+
+        What is too much is thrown away as it comes, up to MAX_OVER times what is allowed: a client hears no answer
+        while it sends, and loses it where the connection is closed before.
+        """
         pieces, size, more = [], 0, True
         while more:
             message = await receive()
             if message['type'] == 'http.disconnect':
                 break  # nobody hears the answer
-            pieces.append(message.get('body', b''))
-            size, more = size + len(pieces[-1]), message.get('more_body', False)
-            if size > self.max_body_bytes:
+            piece, more = message.get('body', b''), message.get('more_body', False)
+            size += len(piece)
+            if size <= self.max_body_bytes:
+                pieces.append(piece)
+            elif size > MAX_OVER * self.max_body_bytes:
                 return None
-        return b''.join(pieces)
+        return b''.join(pieces) if size <= self.max_body_bytes else None
 
 
 def openai_error(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:

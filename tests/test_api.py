@@ -24,7 +24,7 @@ from fastapi.testclient import TestClient
 import serve
 from program import flags, parse
 from serving.api import Options, make_app
-from serving.guard import MAX_DEPTH, parse_json
+from serving.guard import MAX_DEPTH, RequestGuard, parse_json
 from serving.work import EngineFailed, RequestError
 
 PROMPTS = ['[Text]: fine\n[Sentiment]:', '[Text]: dull é 😀\n[Sentiment]:']
@@ -264,7 +264,7 @@ def test_headers_of_another_site_are_refused(client, texts, headers, status):
     assert (answer.status_code, len(texts.calls)) == (status, status == 200)
 
 
-def test_a_body_over_the_cap_is_refused_before_it_is_read(client, texts):
+def test_a_body_over_the_cap_is_refused_before_it_is_parsed(client, texts):
     """413 for 10,001 bytes, also when they come in pieces without a length; 200 for 10,000."""
     def pieces():
         yield b'{"prefix_text": ["'
@@ -278,6 +278,25 @@ def test_a_body_over_the_cap_is_refused_before_it_is_read(client, texts):
     assert status(json.dumps({'prefix_text': ['a' * 9_980]})) == status(pieces()) == 413
     assert texts.calls == []
     assert status(json.dumps({'prefix_text': ['a' * 9_979]})) == 200
+
+
+@pytest.mark.parametrize('pieces, read', [(5, 5), (1000, 17)])
+def test_a_body_over_the_cap_is_read_on_before_it_is_refused(pieces, read):
+    """A client that still sends would lose the answer: all of 50 bytes is read where 20 are allowed, and 170 of 10,000;
+    then the answer is 413."""
+    came, sent = [], []
+
+    async def receive():
+        came.append(None)
+        return {'type': 'http.request', 'body': b'a' * 10, 'more_body': len(came) < pieces}
+
+    async def send(message):
+        sent.append((message['type'], message.get('status'), len(came)))
+
+    guard = RequestGuard(None, max_body_bytes=20, body_seconds=5, allowed_hosts=None)
+    asyncio.run(guard({'type': 'http', 'method': 'POST', 'path': '/generate',
+                       'headers': [(b'content-type', b'application/json')]}, receive, send))
+    assert sent[0] == ('http.response.start', 413, read) and len(sent) == 2
 
 
 def test_a_chat_is_at_most_a_million_characters(make):

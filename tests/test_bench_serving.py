@@ -1,15 +1,21 @@
 """The serving benchmark: its client's figures on a server whose times are known, its rows and its report."""
 import asyncio
 import json
+import types
 
 import numpy as np
 import pytest
 
 from instruments.bench import serving_mixes, serving_report
-from instruments.bench.contenders.contender import openai_protocol
+from instruments.bench.contenders import ours
+from instruments.bench.contenders.contender import Settings, openai_protocol
 from instruments.bench.serving_load import Ask, Outcome, ask_one, closed_loop, open_loop, percentile, summary
 from instruments.bench.serving_machine import taken, tree
+from mistake import Mistake
+from program import flags
+from program.parse import parse
 
+BENCH = serving_mixes.Bench(list(range(5000)), lambda ids: ' '.join(map(str, ids)), 1, 1.0, 1.0, {}, ['a b c'])
 PROTOCOL = openai_protocol('m', ignore_eos=True)
 
 
@@ -122,9 +128,8 @@ def test_percentiles_are_numpy_s():
 
 
 def test_prompts_have_the_lengths_of_their_mix_and_are_the_same_for_all():
-    bench = serving_mixes.Bench(list(range(5000)), lambda ids: ' '.join(map(str, ids)), 1, 1.0, 1.0, {}, ['a b c'])
-    first, again = (bench.asks(300, *serving_mixes.MIXED, seed=3) for _ in range(2))
-    assert first == again != bench.asks(300, *serving_mixes.MIXED, seed=4)
+    first, again = (BENCH.asks(300, *serving_mixes.MIXED, seed=3) for _ in range(2))
+    assert first == again != BENCH.asks(300, *serving_mixes.MIXED, seed=4)
     sizes, tokens = [len(a.prompt) for a in first], [a.tokens for a in first]
     assert 16 <= min(sizes) < 40 and 250 < max(sizes) <= 512 and 16 <= min(tokens) and max(tokens) <= 256
     assert 75 < np.median(sizes) < 110  # the middle of 16 and 512 is 90.5
@@ -194,3 +199,22 @@ def test_a_gguf_file_in_another_type_has_the_same_weights(tmp_path, kind, most):
     assert np.abs(read - weights).max() <= most
     assert reader.fields['tokenizer.ggml.tokens'].contents() == ['a', 'b']
     assert reader.fields['llama.block_count'].contents() == 3
+
+
+@pytest.mark.parametrize('dtype', ours.BITS)
+def test_serve_py_knows_the_flags_of_our_own_contender(dtype):
+    settings = Settings(slots=8, length=1792, input_length=1536, threads=2, reuse=False)
+    _, *given = ours.contender(dtype, 'gguf::model.gguf').command(5007, settings)
+    read = parse(given, flags.SERVE, '')
+    assert read.lm_server.model_name == 'pallama'  # the name by which the client asks
+    assert (read.lm_server.batch_size, read.lm_server.prefix_reuse, read.seq_length) == (8, False, 1792)
+
+
+def test_a_contender_that_does_not_answer_is_refused_before_it_is_measured():
+    async def server():
+        async with Fake(status=404) as (_, url):
+            running = types.SimpleNamespace(url=url, protocol=PROTOCOL, contender=types.SimpleNamespace(name='fake'))
+            await asyncio.to_thread(serving_mixes.warm, BENCH, running)
+
+    with pytest.raises(Mistake, match='fake does not answer: full'):
+        asyncio.run(server())

@@ -17,6 +17,7 @@ from evaluation.client import Server
 from instruments.bench.contenders.contender import Contender, Running, Settings
 from instruments.bench.serving_load import Ask, Outcome, ask_one, closed_loop, open_loop, summary
 from instruments.bench.serving_machine import Watch
+from mistake import Mistake
 
 SLO = 2.0, 0.150  # seconds: TTFT, TPOT
 CONCURRENCY = 2, 4, 8, 16
@@ -71,7 +72,10 @@ def measured(running: Running, load) -> tuple[list[Outcome], dict]:
 
 
 def warm(bench: Bench, running: Running) -> None:
-    asyncio.run(closed_loop(running.url, running.protocol, bench.asks(2, fixed(64), fixed(8), seed=99), 1))
+    """Ask twice; raises Mistake with the contender's words where it does not answer."""
+    outcomes = asyncio.run(closed_loop(running.url, running.protocol, bench.asks(2, fixed(64), fixed(8), seed=99), 1))
+    if failed := [outcome.error for outcome in outcomes if not outcome.completed]:
+        raise Mistake(f'{running.contender.name} does not answer: {failed[0]}')
 
 
 # ---------------------------------------------------------------- the mixes

@@ -33,6 +33,13 @@ REPEATS = 5
 @contextlib.contextmanager
 def server(model: str, *flags: str):
     """Run serve.py on a free port until the block ends; yields the port when it is ready."""
+    with server_process(model, *flags) as (port, _):
+        yield port
+
+
+@contextlib.contextmanager
+def server_process(model: str, *flags: str):
+    """The same; yields (port, process)."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -43,7 +50,7 @@ def server(model: str, *flags: str):
             if process.poll() is not None:
                 raise SystemExit(f'serve.py ended with {process.returncode}')
             time.sleep(0.2)
-        yield port
+        yield port, process
     finally:
         process.terminate()
         process.wait()

@@ -12,9 +12,10 @@ def contender(dtype: str, checkpoint: str) -> Contender:
 
     def command(port: int, settings: Settings) -> list[str]:
         return [sys.executable, 'serve.py', f'--load_checkpoint={checkpoint}', f'--lm_server.port={port}',
-                f'--lm_server.slots={settings.slots}', f'--lm_server.weight_dtype={weights}',
-                f'--lm_server.queue_size={settings.queue}', f'--lm_server.prefix_reuse={settings.reuse}',
-                f'--input_length={settings.input_length}', f'--seq_length={settings.length}']
+                '--lm_server.model_name=pallama', f'--lm_server.batch_size={settings.slots}',
+                f'--lm_server.weight_dtype={weights}', f'--lm_server.queue_size={settings.queue}',
+                f'--lm_server.prefix_reuse={settings.reuse}', f'--input_length={settings.input_length}',
+                f'--seq_length={settings.length}']
 
     return Contender(f'ours {dtype}', command, lambda settings: openai_protocol('pallama', ignore_eos=True),
                      BITS[dtype], '/ready', MIXES, scores=True, metrics=True)
