@@ -21,6 +21,7 @@ import re
 from absl import app, flags
 
 from evaluation.accuracy import wilson_interval
+from instruments.bench import serving_report
 from instruments.bench.report import best_rows
 from mistake import Mistake
 from program import flags as program_flags
@@ -216,6 +217,11 @@ def serving_ratios(figures: dict) -> str:
     return table(['', *kinds], rows)
 
 
+def serving(figures: dict) -> str:
+    """The mixes of load, each contender's medians and ranges."""
+    return serving_report.tables(figures['rows']) + origin(figures) + notes(figures)
+
+
 def summary() -> str:
     """README's three figures of what has a document of its own."""
     best, plan, cpu = best_rows(read('kernels')['rows']), read('plans'), read('cpu_training')
@@ -248,6 +254,7 @@ BLOCKS = {
         read('cpu_training')),
     'kernels': lambda: kernels(read('kernels')) + origin(read('kernels')),
     'kernels_bound': lambda: bound(read('kernels')) + notes(read('kernels')),
+    'serving': lambda: serving(read('serving')),
     'plans': lambda: plans(read('plans')) + origin(read('plans')) + notes(read('plans')),
     'serving_ratios': lambda: serving_ratios(read('serving_ratios')) + origin(read('serving_ratios')) + notes(
         read('serving_ratios')),
