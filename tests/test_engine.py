@@ -393,7 +393,8 @@ def adapter_works(asker, number: int) -> tuple[tuple[Score, Generate], list[int]
     return (Score(prompt, texts, adapter=number), Generate(prompt, 6, adapter=number)), prompt
 
 
-@pytest.mark.parametrize('mesh_dim, attention', [('1,1,1', 'reference'), ('2,2,2', 'reference'), ('1,1,1', 'pallas')])
+@pytest.mark.parametrize('mesh_dim, attention', [
+    ('1,1,1', 'reference'), ('2,2,2', 'reference'), pytest.param('1,1,1', 'pallas', marks=pytest.mark.long)])
 def test_adapters_of_one_base_are_batched_together(make, adapters, merged, mesh_dim, attention):
     """Each row with its own, as if its adapter alone were merged into the weights; the slots' prefixes are not mixed.
 

@@ -186,8 +186,9 @@ def test_the_base_is_untouched_to_the_bit_after_20_steps():
     assert names == {'params', 'momentum', 'second_moment', 'optimizer'} and len(arrays) == 3 * 14 + 2
 
 
-@pytest.mark.parametrize('mesh_dim, dtype', [('1,4,2', 'fp32'), ('2,2,2', 'fp32'), ('1,1,8', 'fp32'),
-                                             ('1,4,2', 'int8')])
+@pytest.mark.parametrize('mesh_dim, dtype', [
+    ('1,4,2', 'fp32'), ('1,1,8', 'fp32'), pytest.param('2,2,2', 'fp32', marks=pytest.mark.long),
+    pytest.param('1,4,2', 'int8', marks=pytest.mark.long)])
 def test_meshes_agree(mesh_dim, dtype):
     lora = dataclasses.replace(ALL, base_dtype=dtype)
     alone, metrics, *_ = run('1,1,1', lora, b=0.05)
@@ -207,6 +208,7 @@ def test_remat_changes_nothing_of_dropout_s_masks():
         np.testing.assert_allclose(remat[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 def test_packed_segments_and_the_kernels():
     compute = Compute(attention='pallas')
     one, metrics, *_ = run('1,1,1', TWO, count=1, b=0.05, segments=True)

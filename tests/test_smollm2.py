@@ -61,6 +61,25 @@ def test_greedy_tokens_are_those_of_transformers(engine, cases):
         assert engine.texts.tokenizer.decode(answer.token_ids) == ' ' + answer.text
 
 
+@pytest.mark.long
+def test_greedy_tokens_of_a_hundred_prompts_are_those_of_transformers(smollm2_gguf, golden):
+    """70 reviews, 15 chats, 7 prompts of one token and 8 of more than 300, eight at a time: 20 tokens each, exactly.
+
+    `gap` is how far transformers' second choice stays behind, in logits: never less than 1e-4."""
+    cases = json.loads((golden / 'huggingface/smollm2_135m_greedy.json').read_text())
+    lengths = [len(case['ids']) for case in cases]
+    assert len(cases) == 100 and lengths.count(1) == 7 and sum(length >= 300 for length in lengths) == 8
+    assert min(case['gap'] for case in cases) >= 1e-4
+    mesh, source = make_mesh('1,1,1', jax.devices()[:1]), checkpoint.open(f'gguf::{smollm2_gguf}')
+    engine = Asker(source.load_params(source.config, mesh), source.config, Compute(attention='reference'),
+                   source.tokenizer, mesh, batch_size=8, input_length=640, seq_length=660,
+                   add_bos_token=source.add_bos_token)
+    works = [engine.texts.prompt_work(case['ids'], max_new_tokens=20, ignore_eos=True) for case in cases]
+    differ = {i: (list(result.token_ids), case['greedy_20'], case['gap']) for i, (result, case) in enumerate(
+        zip(engine.engine.run(works), cases, strict=True)) if list(result.token_ids) != case['greedy_20']}
+    assert not differ
+
+
 def test_load_prefix_and_stream_change_no_bit(engine, cases):
     """Eight greedy answers with log-probabilities, and eight scores: together, alone, streamed, and from slots that
     hold the prompt's beginning already, equal to the bit."""

@@ -217,9 +217,33 @@ def serving_ratios(figures: dict) -> str:
     return table(['', *kinds], rows)
 
 
+<<<<<<< HEAD
 def serving(figures: dict) -> str:
     """The mixes of load, each contender's medians and ranges."""
     return serving_report.tables(figures['rows']) + origin(figures) + notes(figures)
+=======
+def serving_robust(figures: dict) -> str:
+    """What bad bodies and a long time do to a server."""
+    bad, soak = figures['rows']['bad_bodies'], figures['rows']['soak']
+    memory = lambda row: ', '.join(f'{size:,.0f}' for size in row['rss_mb']) + ' MB'
+    leaked = lambda row: ', '.join(str(row[f'{name}_leaked']) for name in ('slots', 'waiting', 'in_flight'))
+    statuses = ', '.join(f'{status}: {count:,}' for status, count in bad['statuses'].items())
+    outcomes = ', '.join(f'{name}: {count:,}' for name, count in soak['outcomes'].items())
+    rows = [
+        [f'bad bodies: answers to {bad["bodies"]:,} over {bad["endpoints"]} endpoints', statuses],
+        ['5xx, no answer within 60 s, or a refusal that is not one line of JSON',
+         f'{sum(fault["count"] for fault in bad["faults"].values()):,}'],
+        ['then: `/ready`; programs compiled', f'{bad["ready_after"]}; {bad["jit_compiles_after_ready"]}'],
+        ['slots, places in the line and requests still taken', leaked(bad)],
+        ['resident memory before, after half of them, after all', memory(bad)],
+        [f'soak: answers to {soak["requests"]:,} requests in {soak["minutes"]:.0f} minutes', outcomes],
+        ['errors; programs compiled', f'{soak["errors"]}; {soak["jit_compiles_after_ready"]}'],
+        ['slots, places in the line and requests still taken', leaked(soak)],
+        [f'resident memory at the start, {soak["slope_minutes"]:.0f} minutes before the end, at the end', memory(soak)],
+        [f'its slope over the last {soak["slope_requests"]:,} requests',
+         f'{soak["mb_per_1000_requests"]:+.2f} MB for 1,000 requests']]
+    return table(['', ''], rows)
+>>>>>>> fuzz
 
 
 def summary() -> str:
@@ -258,6 +282,8 @@ BLOCKS = {
     'plans': lambda: plans(read('plans')) + origin(read('plans')) + notes(read('plans')),
     'serving_ratios': lambda: serving_ratios(read('serving_ratios')) + origin(read('serving_ratios')) + notes(
         read('serving_ratios')),
+    'serving_robust': lambda: serving_robust(read('serving_robust')) + origin(read('serving_robust')) + notes(
+        read('serving_robust')),
     'easylm': lambda: easylm(read('easylm')),
     'other_plans': lambda: other_plans(read('plans')),
     'lora_plans': lambda: lora_plans(read('lora_plans')) + origin(read('lora_plans')) + notes(read('lora_plans')),
