@@ -217,11 +217,11 @@ def serving_ratios(figures: dict) -> str:
     return table(['', *kinds], rows)
 
 
-<<<<<<< HEAD
 def serving(figures: dict) -> str:
     """The mixes of load, each contender's medians and ranges."""
     return serving_report.tables(figures['rows']) + origin(figures) + notes(figures)
-=======
+
+
 def serving_robust(figures: dict) -> str:
     """What bad bodies and a long time do to a server."""
     bad, soak = figures['rows']['bad_bodies'], figures['rows']['soak']
@@ -243,7 +243,6 @@ def serving_robust(figures: dict) -> str:
         [f'its slope over the last {soak["slope_requests"]:,} requests',
          f'{soak["mb_per_1000_requests"]:+.2f} MB for 1,000 requests']]
     return table(['', ''], rows)
->>>>>>> fuzz
 
 
 def summary() -> str:
