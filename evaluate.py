@@ -287,11 +287,7 @@ def open_text_server(config, stops: list[str]) -> Callable:
 def open_text_engine(config, records: list[Record], stops: list[str], source: Source | None) -> Callable:
     """An engine with room for the longest prompt.  Raises Mistake for a completion that is longer than an answer."""
     model = open_model(settings.read_load(config), settings.read_compute(config), source)
-    wanted = [len(model.tokenizer.encode(record.completion)) for record in records]
-    if max(wanted) > config.max_new_tokens:
-        worst = records[wanted.index(max(wanted))].completion
-        raise Mistake(f'max_new_tokens={config.max_new_tokens}, but the completion {worst[:60]!r} has {max(wanted)} '
-                      'tokens, which no answer could reach: raise --max_new_tokens')
+    free_text.check_room(records, model.tokenizer.encode, config.max_new_tokens, 'max_new_tokens')
     texts, engine = start_engine(config, model, [record.prompt for record in records], config.max_new_tokens, None,
                                  lambda number: f'prompt {records[number].prompt[:60]!r}', '--max_new_tokens')
 

@@ -102,7 +102,7 @@ def model_flags(config) -> tuple[LlamaConfig, Compute]:
     sizes = updated(named_config(config.load_llama_config), update, source='update_llama_config')
     if lora := settings.read_lora(config, compute):
         if config.serve:
-            raise Mistake(f'lora.rank={lora.rank} is of training: adapters are served merged, so leave the flag out')
+            raise Mistake(f'lora.rank={lora.rank} is of training: leave it out with --serve')
         adapter_specs(sizes, lora)  # raises for a rank that is too high
     if config.serve:
         check_lengths(config.seq_length // 2, config.seq_length, sizes)

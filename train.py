@@ -32,7 +32,7 @@ from model.lora import Lora, adapted, adapter_specs
 from model.weights import Llama, init_weights, weight_specs
 from program import flags, settings
 from program.data import chat_template_of, continued, epoch_length, open_batches, read_template
-from program.labelled import open_labelled, open_texts
+from program.evaluation import open_labelled, open_texts
 from program.model import Model, describe, open_model
 from program.parse import run as run_program
 from program.settings import Dataset, Run
@@ -73,16 +73,11 @@ def main(flags) -> None:
     epoch = functools.cache(lambda: epoch_length(batches, dataset))
     total_steps = run.total_steps or math.ceil(run.epochs * epoch())
     evaluate = open_evaluation(run, settings.read_dataset(flags, 'eval_dataset'), model, lora)
-    every, measure = open_labels(run, model, template, dataset, epoch, lora) if run.evaluation else (Fraction(0), None)
+    every, measure = open_measure(run, model, template, dataset, epoch, lora) if run.evaluation else (Fraction(0), None)
     profile = settings.read_profile(flags.profile_steps, total_steps)
 
     # ------------------------------------------------ state
     hyper, accumulate = settings.read_optimizer(flags, total_steps)
-    if lora and hyper.multiply_by_parameter_scale:
-        print('WARNING: multiply_by_parameter_scale=True multiplies the learning rate by the RMS of what it changes, '
-              'and B begins with zeros: adapters learn with '
-              '--optimizer.adamw_optimizer.multiply_by_parameter_scale=False',
-              flush=True)
     easylm_state = not resumed and model.source is not None and model.source.kind == 'trainstate'
     start_step = resumed.number if resumed else model.source.step if easylm_state else 0
     if start_step >= total_steps:
@@ -97,7 +92,7 @@ def main(flags) -> None:
         print(f'{run.output_dir} stopped at step {start_step} already: {describe_best(best, run)}; go on with a higher '
               '--patience')
         return
-    adapter = identify(lora, model, resumed) if lora else None
+    adapter = identify(lora, hyper, model, resumed) if lora else None
     write = checkpoint_writer(run, model, hyper, dataset, template, total_steps,
                               chat_template_of(batches, model.source), best, adapter)
     print(f'{total_steps} steps of {batches.batch_size} rows up to {batches.seq_length} tokens\n'
@@ -146,6 +141,11 @@ def main(flags) -> None:
         print(f'stopped at step {done} of {total_steps}: the last {best.waited} evaluations were no better '
               f'(patience={best.patience})')
     print(f'wrote {writer.path}; trained in {time.perf_counter() - began:.1f} s')
+    tell_what_to_serve(run, flags, best)
+
+
+def tell_what_to_serve(run: Run, flags, best: Best | None) -> None:
+    """Print which step is best, and the commands that serve it and the newest."""
     if best:
         path = native.step_directory(run.output_dir, best.step)
         print(f'{describe_best(best, run)}\nserve the best: python serve.py {serving_flags(run, flags, path)}')
@@ -183,19 +183,19 @@ def open_evaluation(run: Run, dataset: Dataset, model: Model, lora: Lora | None)
     return evaluator(batches, model.config, model.compute, model.mesh, wait_for_all, lora)
 
 
-def open_labels(run: Run, model: Model, template: PromptTemplate | None, dataset: Dataset,
+def open_measure(run: Run, model: Model, template: PromptTemplate | None, dataset: Dataset,
                 epoch: Callable[[], Fraction], lora: Lora | None) -> tuple[Fraction, Callable[[Llama, int], dict]]:
     """Open --evaluate.input: (micro-steps between evaluations, the function (weights, steps done) -> its figures)."""
     every = run.evaluation.every_steps(epoch)
     bos = dataset.text_processor['add_bos_token']
     if run.evaluation.task == 'text':
-        labels = open_texts(run.evaluation, model, bos, run.seed, wait_for_all, lora)
+        of_weights = open_texts(run.evaluation, model, bos, run.seed, wait_for_all, lora)
     else:
-        labels = open_labelled(run.evaluation, model, template, bos, run.seed, wait_for_all, lora)
+        of_weights = open_labelled(run.evaluation, model, template, bos, run.seed, wait_for_all, lora)
 
     def measure(params: Llama, done: int) -> dict:
         asked = time.perf_counter()
-        row = labels(params)
+        row = of_weights(params)
         tqdm.write(f'evaluated step {done}: {figures(row)}, {time.perf_counter() - asked:.1f} s')
         return row
 
@@ -280,8 +280,15 @@ def describe_adapters(lora: Lora, model: Model) -> str:
             f'train, {count / all_:.2%} of the {all_:,}, which stay as they are in {lora.base_dtype}')
 
 
-def identify(lora: Lora, model: Model, resumed: native.Step | None) -> dict:
-    """Describe the adapters and their base for the manifest.  Raises Mistake where the run to resume had others."""
+def identify(lora: Lora, hyper: Hyperparameters, model: Model, resumed: native.Step | None) -> dict:
+    """Describe the adapters and their base for the manifest; warn of an optimizer that hardly moves them.
+
+    Raises Mistake where the run to resume had others.
+    """
+    if hyper.multiply_by_parameter_scale:
+        print('WARNING: multiply_by_parameter_scale=True multiplies the learning rate by the RMS of what it changes, '
+              'and B begins with zeros: adapters learn with '
+              '--optimizer.adamw_optimizer.multiply_by_parameter_scale=False', flush=True)
     found = dict(lora=dataclasses.asdict(lora) | dict(targets=list(lora.targets)),
                  base=dict(spec=model.source.spec, fingerprint=model.source.fingerprint(model.config)))
     if not resumed:

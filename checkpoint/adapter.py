@@ -221,7 +221,7 @@ def describe_adapter(source: AdaptedSource) -> dict:
 def write_native(directory: Path, source: AdaptedSource, config: LlamaConfig, tokenizer: Tokenizer | None) -> None:
     """Write the adapter of `source` as one of ours, at its step, with the fingerprint of its base."""
     lora = source.adapter.lora
-    meta, files = describe(config, tokenizer, source.template, source.add_bos_token)
+    meta, files = describe(config, tokenizer, source.template, source.add_bos_token, source.chat_template)
     meta |= dict(lora=vars(lora) | dict(targets=list(lora.targets)),
                  base=dict(spec=source.spec, fingerprint=source.fingerprint(config)))
     source.reader(config)  # refuses an adapter of another base

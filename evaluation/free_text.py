@@ -81,6 +81,14 @@ def check_stops(records: list[Record], stops: list[str]) -> None:
                               f'{record.completion[:60]!r}: no answer could be right; choose another --stop')
 
 
+def check_room(records: list[Record], encode: Callable[[str], list[int]], most: int, flag: str) -> None:
+    """Raise Mistake naming `flag` for a wanted text of more than `most` tokens, which no answer could be."""
+    longest, worst = max((len(encode(record.completion)), record.completion) for record in records)
+    if longest > most:
+        raise Mistake(f'{flag}={most}, but the completion {worst[:60]!r} has {longest} tokens, which no answer could '
+                      f'reach: raise --{flag}')
+
+
 # ---------------------------------------------------------------- the evaluation
 
 

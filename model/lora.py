@@ -23,7 +23,7 @@ from model import quantized
 from model.config import Compute, LlamaConfig
 from model.partition import DTYPES, gather_weight, pytree, varies
 from model.quantized import Int8
-from model.weights import Array, Layer, Llama, WeightSpec, check_divisible, partitions, weight_specs
+from model.weights import Array, Layer, Llama, WeightSpec, abstract_params, partitions, weight_specs
 
 TARGETS = tuple(field.name for field in dataclasses.fields(Layer) if field.metadata['init'] == 'normal')
 
@@ -127,24 +127,12 @@ def base_partitions(config: LlamaConfig, dtype: str) -> Llama:
 
 def abstract_base(config: LlamaConfig, mesh: Mesh, dtype: str) -> Llama:
     """Build the base's Llama tree of ShapeDtypeStructs on their shardings."""
-    check_divisible(config, mesh)
-    like = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), weight_specs(config))
+    if dtype != 'int8':
+        return abstract_params(config, mesh, DTYPES[dtype])
+    whole = jax.eval_shape(lambda params: quantized.quantize(params, config, weight_only=True),
+                           abstract_params(config, mesh))
     return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-                        jax.eval_shape(lambda params: _stored(params, config, dtype), like),
-                        base_partitions(config, dtype))
-
-
-def freeze(params: Llama, config: LlamaConfig, mesh: Mesh, dtype: str) -> Llama:
-    """Turn float32 weights into a base kept as `dtype`; int8 is one of weights only, a factor for each output channel.
-    """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_base(config, mesh, dtype))
-    return jax.jit(lambda params: _stored(params, config, dtype), out_shardings=shardings)(params)
-
-
-def _stored(params: Llama, config: LlamaConfig, dtype: str) -> Llama:
-    if dtype == 'int8':
-        return quantized.quantize(params, config, weight_only=True)
-    return jax.tree.map(lambda w: w.astype(DTYPES[dtype]), params)
+                        whole, base_partitions(config, dtype))
 
 
 # ---------------------------------------------------------------- trees
@@ -236,16 +224,3 @@ def with_rows(params: Llama, rows_B: Array) -> Llama:
 
     layers = Layer(**{field.name: say(getattr(params.layers, field.name)) for field in dataclasses.fields(Layer)})
     return dataclasses.replace(params, layers=layers)
-
-
-def merged(base: Llama, adapters: Llama, lora: Lora) -> Llama:
-    """Add the adapters to float weights: W + scale A B, summed in float32, in W's dtype.  Under jit or outside."""
-    def merge(weight, adapter):
-        if adapter is None:
-            return weight
-        product = jnp.einsum('nir,nro->nio', adapter.a, adapter.b, precision=lax.Precision.HIGHEST)
-        return (weight.astype(jnp.float32) + lora.scale * product).astype(weight.dtype)
-
-    layers = Layer(**{field.name: merge(getattr(base.layers, field.name), getattr(adapters.layers, field.name))
-                      for field in dataclasses.fields(Layer)})
-    return dataclasses.replace(base, layers=layers)

@@ -208,6 +208,11 @@ def read_evaluation(flags: ConfigDict) -> Evaluation | None:
                       '--evaluate_every=100, --evaluate_every=0.5epoch')
     if not values['input']:
         raise Mistake(f'evaluate_every={every!r} needs --evaluate.input: a labelled set, as evaluate.py takes it')
+    foreign = ('text_field', 'label_field') if values['task'] == 'text' else ('max_new_tokens',)
+    for name in foreign:
+        if values[name] != defaults[f'evaluate.{name}']:
+            raise Mistake(f'evaluate.{name}={values[name]!r} has no effect with evaluate.task={values["task"]}: leave '
+                          'it out')
     if flags.patience and not flags.keep_best:
         raise Mistake(f'patience={flags.patience} needs --keep_best, which says what shall get better, for example '
                       'accuracy')
@@ -222,14 +227,14 @@ def read_evaluation(flags: ConfigDict) -> Evaluation | None:
 
 
 def read_profile(text: str, total_steps: int) -> range | None:
-    """Read --profile_steps of a run of `total_steps` (0: not known yet), None where it is empty."""
+    """Read --profile_steps of a run of `total_steps`, None where it is empty."""
     if not text:
         return None
     match = re.fullmatch(r'(\d+):(\d+)', text)
     steps = match and range(int(match[1]), int(match[2]))
-    if not steps or total_steps and steps[-1] >= total_steps:
-        raise Mistake(f'profile_steps={text!r} must be FIRST:END, micro-steps FIRST to END - 1 of the run'
-                      + (f', which has {total_steps}' if total_steps else '') + ': --profile_steps=10:15')
+    if not steps or steps[-1] >= total_steps:
+        raise Mistake(f'profile_steps={text!r} must be FIRST:END, micro-steps FIRST to END - 1 of the run, which has '
+                      f'{total_steps}: --profile_steps=10:15')
     return steps
 
 
@@ -237,14 +242,13 @@ def read_profile(text: str, total_steps: int) -> range | None:
 class Run:
     """How to run train.py; fields are flags of these names.
 
-    output_dir: with experiment_id.  evaluation, profile (micro-steps to trace): None for none.  wandb: arguments of
-    wandb.init, None without --logger.online; it is asked after up to random_delay seconds.  flags: all flags, nested,
-    for the checkpoint's record.
+    output_dir: with experiment_id.  evaluation: None for none.  wandb: arguments of wandb.init, None without
+    --logger.online; it is asked after up to random_delay seconds.  flags: all flags, nested, for the checkpoint's
+    record.
     """
 
     output_dir: Path
     evaluation: Evaluation | None
-    profile: range | None
     seed: int
     total_steps: int
     epochs: int
@@ -275,11 +279,10 @@ def read_run(flags: ConfigDict) -> Run:
     project = f'{logger.prefix}--{logger.project}' if logger.prefix and not logger.prefix_to_id else logger.project
     wandb = dict(project=project, id=name, entity=logger.entity, notes=logger.notes, anonymous=logger.anonymous,
                  dir=logger.wandb_dir or str(output_dir), config=flags.to_dict())
-    profile = read_profile(flags.profile_steps, flags.total_steps)
-    return Run(output_dir=output_dir, evaluation=read_evaluation(flags), profile=profile,
-               **{key: flags[key] for key in own}, format=keeper.format, float_dtype=keeper.float_dtype,
-               save_optimizer_state=keeper.save_optimizer_state, keep=keeper.keep, tensorboard=logger.tensorboard,
-               random_delay=logger.random_delay, flags=flags.to_dict(),
+    return Run(output_dir=output_dir, evaluation=read_evaluation(flags), **{key: flags[key] for key in own},
+               format=keeper.format, float_dtype=keeper.float_dtype, save_optimizer_state=keeper.save_optimizer_state,
+               keep=keeper.keep, tensorboard=logger.tensorboard, random_delay=logger.random_delay,
+               flags=flags.to_dict(),
                wandb={key: value for key, value in wandb.items() if value is not None} if logger.online else None)
 
 

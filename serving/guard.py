@@ -116,7 +116,7 @@ _NESTING = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)  # a 
 
 
 def parse_json(body: bytes):
-    """Parse a body as JSON and nothing more: no NaN, no Infinity, not nested deeper than MAX_DEPTH.
+    """Parse a body as JSON and nothing more: no NaN, no Infinity, no key twice, not nested deeper than MAX_DEPTH.
 
     Raises json.JSONDecodeError.
     """
@@ -134,8 +134,14 @@ def parse_json(body: bytes):
     def no_number(literal: str):
         raise json.JSONDecodeError(f'{literal} is no JSON number', text, text.find(literal))
 
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise json.JSONDecodeError('a key stands twice in an object', text, 0)
+        return found
+
     try:
-        return json.loads(text, parse_constant=no_number)
+        return json.loads(text, parse_constant=no_number, object_pairs_hook=once)
     except json.JSONDecodeError:
         raise
     except ValueError:  # Python's limit of digits

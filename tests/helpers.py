@@ -1,5 +1,6 @@
 """What several tests share: running the network on a mesh, and small configurations."""
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -9,8 +10,10 @@ from jax.sharding import PartitionSpec
 from model import llama, loss
 from model.cache import init_cache
 from model.config import Compute, LlamaConfig
-from model.partition import BATCH, make_mesh
-from model.weights import partitions
+from model.lora import abstract_base
+from model.partition import BATCH, DTYPES, make_mesh
+from model.quantized import quantize
+from model.weights import Layer, partitions
 from serving.engine import make_engine
 from serving.texts import Texts
 from serving.work import Sampling
@@ -49,6 +52,26 @@ def on_mesh(function, config, mesh, *outputs):
         return mapped(params, *arrays)
 
     return jax.jit(call, compiler_options=QUICK)
+
+
+def freeze(params, config, mesh, dtype):
+    """Float32 weights as the base that adapters train beside, by the definition; checkpoints load it in pieces."""
+    like = jax.tree.map(lambda x: x.sharding, abstract_base(config, mesh, dtype))
+    store = lambda params: quantize(params, config, weight_only=True) if dtype == 'int8' else jax.tree.map(
+        lambda w: w.astype(DTYPES[dtype]), params)
+    return jax.jit(store, out_shardings=like)(params)
+
+
+def merged(base, adapters, lora):
+    """Float32 weights with an adapter added: W + scale A B."""
+    def merge(weight, adapter):
+        if adapter is None:
+            return weight
+        return weight + lora.scale * jnp.einsum('nir,nro->nio', adapter.a, adapter.b, precision='highest')
+
+    layers = Layer(**{field.name: merge(getattr(base.layers, field.name), getattr(adapters.layers, field.name))
+                      for field in dataclasses.fields(Layer)})
+    return dataclasses.replace(base, layers=layers)
 
 
 def logits(params, config, tokens_BT, *, segments_BT=None, compute=PLAIN, mesh=None):

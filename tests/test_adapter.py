@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import test_convert
-from helpers import PLAIN, QUICK, logits, one_device
+from helpers import PLAIN, QUICK, logits, merged, one_device
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +22,7 @@ from data.tokenizer import load_tokenizer
 from mistake import Mistake
 from model import llama, loss
 from model.config import LlamaConfig
-from model.lora import TARGETS, Lora, abstract_base, adapted, adapted_partitions, adapter_specs, merged
+from model.lora import TARGETS, Lora, abstract_base, adapted, adapted_partitions, adapter_specs
 from model.partition import BATCH, make_mesh
 from model.weights import weight_specs
 from program import flags, parse, settings
@@ -92,7 +92,7 @@ def test_an_adapter_of_pefts_gives_the_logits_of_peft(golden, mesh):
 
 
 def test_merged_weights_compute_what_the_unmerged_do(golden, tmp_path):
-    """Logits of --adapter within 1e-5 of those of W and A, B side by side, float32; `merged` on the device likewise."""
+    """Logits of --adapter within 1e-5 of those of W and A, B side by side, float32; helpers.merged likewise."""
     spec, mesh = base_of(golden), one_device()
     config, tokens = checkpoint.open(spec).config, np.random.default_rng(1).integers(0, 258, (2, 24)).astype(np.int32)
     path, tree = write_adapter(tmp_path / 'run', spec, config)

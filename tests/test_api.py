@@ -316,6 +316,14 @@ def test_depth_is_counted_outside_texts(body):
         parse_json(b'[' * MAX_DEPTH + body + b']' * MAX_DEPTH)
 
 
+def test_a_key_that_stands_twice_is_refused(client):
+    """JSON leaves open which of them counts; the one that does not would be ignored silently."""
+    body = b'{"prefix_text": ["a"], "temperature": 0, "temperature": 1}'
+    answer = client.post('/generate', content=body, headers={'Content-Type': 'application/json'})
+    assert answer.status_code == 400 and 'a key stands twice in an object' in answer.text
+    assert parse_json(b'[{"a": 1}, {"a": {"a": 2}}]') == [{'a': 1}, {'a': {'a': 2}}]
+
+
 def test_a_body_of_quotes_is_judged_in_linear_time():
     """4 MB of escaped quotes behind 33 brackets: under a second."""
     started = time.monotonic()

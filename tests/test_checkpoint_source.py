@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import helpers
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -27,7 +28,6 @@ from checkpoint.formats import easylm, easylm_writer, huggingface, huggingface_w
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from mistake import Mistake
-from model import lora
 from model.config import MODELS, Compute, LlamaConfig, config_to_dict
 from model.llama import hidden_states
 from model.loss import logits
@@ -156,7 +156,7 @@ def test_weights_load_straight_into_the_dtype_of_a_frozen_base(tmp_path, kind, m
         reads.clear()
         loaded = source.load_params(config, mesh, dtype)
         assert sum(reads) == sum(spec.size for spec in jax.tree.leaves(weight_specs(config)))
-        frozen = lora.freeze(params, config, mesh, dtype)
+        frozen = helpers.freeze(params, config, mesh, dtype)
         assert jax.tree.structure(loaded) == jax.tree.structure(frozen)
         for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(frozen), strict=True):
             assert (got.dtype, got.sharding) == (want.dtype, want.sharding)

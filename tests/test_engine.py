@@ -379,7 +379,7 @@ def merged(make, adapters):
     """What engines of the base and of each adapter merged into it give: (scored, answer, first_token)."""
     asker, found = make(), []
     base, (works, _) = asker.params, adapter_works(asker, 0)
-    for params in (base, *(lora.merged(base, *one) for one in adapters)):
+    for params in (base, *(helpers.merged(base, *one) for one in adapters)):
         asker.engine._params, asker.engine._first_V = params, {}
         for slot in asker.engine.slots:
             slot.held.clear()

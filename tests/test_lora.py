@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PLAIN, QUICK, TINY, one_device
+from helpers import PLAIN, QUICK, TINY, freeze, merged, one_device
 from jax.sharding import PartitionSpec
 
 from data.batches import Batch
@@ -24,8 +24,6 @@ from model.lora import (
     adapted_partitions,
     adapter_specs,
     base_partitions,
-    freeze,
-    merged,
 )
 from model.partition import BATCH, make_mesh
 from model.quantized import Int8

@@ -17,11 +17,13 @@ import train
 from checkpoint import native
 from data.prompt import PromptTemplate
 from data.tokenizer import load_tokenizer
+from evaluation import free_text
 from mistake import Mistake
 from model.config import Compute, LlamaConfig
 from model.partition import make_mesh
 from model.weights import init_params
-from program import flags, labelled, parse, settings
+from program import evaluation as program_evaluation
+from program import flags, parse, settings
 from program.model import Model
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,23 +84,31 @@ def test_what_is_measured_on_the_way_is_evaluate_py_s_of_the_saved_checkpoint(go
         assert name.encode() in content, name
 
 
-def test_texts_measured_on_the_way_are_evaluate_py_s_of_the_saved_checkpoint(golden, reviews, tmp_path):
-    """Beside adapters; the best by token F1 is kept, and nothing but what texts are measured by can be."""
-    rows = [json.loads(line) for line in reviews.read_text().splitlines()[:6]]
+def test_texts_measured_on_the_way_are_evaluate_py_s_of_the_saved_checkpoint(golden, reviews, tmp_path, monkeypatch):
+    """Beside adapters, of the same sample; the best by token F1 is kept, nothing but what texts are measured by can be.
+    """
+    asked, measure = [], free_text.measure
+    monkeypatch.setattr(free_text, 'measure', lambda generate, records: asked.append(records) or measure(generate,
+                                                                                                         records))
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()[:9]]
     records = tmp_path / 'records.jsonl'
     records.write_text(''.join(json.dumps(dict(prompt=f'[Text]: {row["text"]}\n[Sentiment]:',
                                                completion=f' {row["label"]}')) + '\n' for row in rows))
     command = training(golden, tmp_path / 'run', records, '--total_steps=2', '--evaluate_every=1',
-                       '--evaluate.task=text', '--evaluate.max_new_tokens=9', '--lora.rank=4',
-                       OPTIMIZER + 'multiply_by_parameter_scale=False', OPTIMIZER + 'lr_warmup_steps=0')
+                       '--evaluate.task=text', '--evaluate.max_new_tokens=9', '--evaluate.sample_size=6',
+                       '--lora.rank=4', OPTIMIZER + 'multiply_by_parameter_scale=False',
+                       OPTIMIZER + 'lr_warmup_steps=0')
     run(*command, '--keep_best=token_f1')
     *_, row = metrics(tmp_path / 'run')
     base, = (word for word in command if word.startswith('--load_checkpoint='))
     evaluate.main(parse.parse([
         'evaluate.py', base, *(word for word in command if word.startswith(('--load_llama', '--tokenizer.vocab'))),
         f'--adapter={tmp_path}/run/step_00000002', f'--input={records}', '--task=text', '--max_new_tokens=9',
-        '--mesh_dim=1,4,2', f'--output_dir={tmp_path}/out', '--rouge=False', '--batch_size=8'], flags.EVALUATE, ''))
-    report = json.loads((tmp_path / 'out/evaluation.json').read_text())['results']['text']['measures']
+        '--sample_size=6', '--mesh_dim=1,4,2', f'--output_dir={tmp_path}/out', '--rouge=False', '--batch_size=8'],
+        flags.EVALUATE, ''))
+    whole = json.loads((tmp_path / 'out/evaluation.json').read_text())
+    report = whole['results']['text']['measures']
+    assert [one['prompt'] for one in whole['records']] == [record.prompt for record in asked[-1]]
     assert {'exact_match', 'token_f1'} <= set(report)
     for name in ('exact_match', 'token_f1'):
         assert row[f'text_{name}'] == pytest.approx(report[name]['value'], abs=1e-12)
@@ -106,6 +116,8 @@ def test_texts_measured_on_the_way_are_evaluate_py_s_of_the_saved_checkpoint(gol
     with pytest.raises(Mistake, match="keep_best='accuracy' is not measured with evaluate.task=text: choose "
                                       'exact_match, token_f1, field_f1'):
         run(*command, '--keep_best=accuracy')
+    with pytest.raises(Mistake, match="evaluate.text_field='text' has no effect with evaluate.task=text"):
+        run(*command, '--evaluate.text_field=text')
     with pytest.raises(Mistake, match="evaluate.max_new_tokens=8, but the completion ' Positive' has 9 tokens"):
         run(*command, '--evaluate.max_new_tokens=8', f'--logger.output_dir={tmp_path}/other')
 
@@ -132,14 +144,14 @@ def test_the_weights_are_read_where_they_lie_and_let_go(golden, reviews, monkeyp
     model, made = small_model(golden)._replace(compute=Compute('bf16')), []
     size = lambda: sum(array.nbytes for array in jax.live_arrays())
 
-    class Watched(labelled.Engine):
+    class Watched(program_evaluation.Engine):
         def __init__(self, programs, params, tokenizer):
             super().__init__(programs, params, tokenizer)
             cache = sum(x.nbytes for x in jax.tree.leaves(self._cache))
             made.append((programs, params, size() - cache))
 
-    monkeypatch.setattr(labelled, 'Engine', Watched)
-    measure = labelled.open_labelled(evaluation(reviews, sample_size=4), model, None, True, 42, lambda: None)
+    monkeypatch.setattr(program_evaluation, 'Engine', Watched)
+    measure = program_evaluation.open_labelled(evaluation(reviews, sample_size=4), model, None, True, 42, lambda: None)
     params = init_params(model.config, model.mesh, 0)
     before = size()
     first = measure(params)
@@ -161,7 +173,7 @@ def test_a_set_that_does_not_fit_the_run_is_refused_before_anything_is_compiled(
     (tmp_path / 'set.jsonl').write_text(json.dumps(record) + '\n')
     (tmp_path / 'labels_set.json').write_text(json.dumps(dict(labels=[1], template=other.to_dict())))
     (tmp_path / 'long.jsonl').write_text(json.dumps(dict(text='endless ' * 60, label=1)) + '\n')
-    open_ = lambda path, template=None, mesh=None, **changes: labelled.open_labelled(
+    open_ = lambda path, template=None, mesh=None, **changes: program_evaluation.open_labelled(
         evaluation(path, **changes), small_model(golden, mesh), template, True, 42, lambda: None)
     with pytest.raises(ValueError, match=r"set.jsonl' was prepared for 'Film: .* but the run trains '\[Text\]: "):
         open_(tmp_path / 'set.jsonl', PromptTemplate())
@@ -190,7 +202,7 @@ def scripted(monkeypatch):
     """Evaluations that find {step: accuracy}, and a step that computes nothing: returns that dictionary."""
     found = {}
 
-    def open_labels(run, model, template, dataset, epoch, lora):
+    def open_measure(run, model, template, dataset, epoch, lora):
         def measure(state, done):
             return dict(label_accuracy=found[done], label_f1=found[done], label_loss=1 - found[done])
         return run.evaluation.every_steps(epoch), measure
@@ -205,7 +217,7 @@ def scripted(monkeypatch):
             return state, {name: jnp.float32(1) for name in ('loss', 'accuracy', 'learning_rate', 'gradient_norm',
                                                               'param_norm')}
 
-    monkeypatch.setattr(train, 'open_labels', open_labels)
+    monkeypatch.setattr(train, 'open_measure', open_measure)
     monkeypatch.setattr(train, 'CompiledStep', Step)
     return found
 

@@ -6,7 +6,6 @@ training/loop.py.
 import re
 from collections.abc import Callable
 
-import numpy as np
 from tqdm import tqdm
 
 from data.labelled import Example, Labels, read_labelled, read_prepared
@@ -100,12 +99,8 @@ def open_texts(evaluation: Evaluation, model: Model, add_bos_token: bool, seed: 
     except Mistake as error:
         raise Mistake(re.sub(r'(?<![\w.-])(input|task)(?==)', r'evaluate.\1', str(error))) from None
     if evaluation.sample_size:
-        chosen = np.random.default_rng(seed).permutation(len(records))[:evaluation.sample_size]
-        records = [records[i] for i in sorted(chosen)]
-    wanted = max((len(model.tokenizer.encode(record.completion)), record.completion) for record in records)
-    if wanted[0] > evaluation.max_new_tokens:
-        raise Mistake(f'evaluate.max_new_tokens={evaluation.max_new_tokens}, but the completion {wanted[1][:60]!r} has '
-                      f'{wanted[0]} tokens, which no answer could reach: raise it')
+        records = sample(records, size=evaluation.sample_size, seed=seed, stratified=False)
+    free_text.check_room(records, model.tokenizer.encode, evaluation.max_new_tokens, 'evaluate.max_new_tokens')
     prompts = [record.prompt for record in records]
     lengths = [add_bos_token + len(model.tokenizer.encode(prompt)) for prompt in prompts]
     texts, programs = room(evaluation, model, prompts, lengths, evaluation.max_new_tokens, add_bos_token, None,
